@@ -1,0 +1,1 @@
+"""A factored model in, files and figures out: compact form, safetensors, ONNX, benchmarks."""

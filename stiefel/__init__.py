@@ -1,0 +1,1 @@
+"""The public face of Stiefel: what users import."""
