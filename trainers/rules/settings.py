@@ -1,0 +1,70 @@
+"""The settings of the local rules: each field is a recipe key and a command-line option."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from converter.settings import Settings
+
+
+class CutSettings(Settings):
+    """Where the network is cut into blocks, shared by every local rule."""
+
+    boundaries: Literal["units", "layers"] = Field(
+        "units",
+        description="cut where exactly one tensor is live, as between residual units (units), "
+        "or after every layer, residual streams being detached too (layers)",
+    )
+    layers_per_block: int = Field(1, ge=1, description="factored (or dense) layers to a block")
+    blocks: tuple[str, ...] = Field(
+        (), description="submodules that are the blocks, as globs; for models that cannot be traced"
+    )
+
+
+class SSA(CutSettings):
+    """SVD-space alignment: local losses, structured feedback B = B_U diag(B_S) B_Vᵀ."""
+
+    name: Literal["ssa"] = Field("ssa", description="rule: SVD-space alignment")
+    error: Literal["layerwise", "global"] = Field(
+        "layerwise",
+        description="each block's own read-out error (layerwise), or the output's error sent "
+        "straight to each block (global)",
+    )
+    feedback: Literal["fixed", "learned", "calibrated", "kolen-pollack"] = Field(
+        "learned", description="how the feedback matrices B come about"
+    )
+    pool: int = Field(
+        4, ge=1, description="side of the grid to which feature maps are averaged for the read-out"
+    )
+    cross_entropy: float | None = Field(
+        None, ge=0, description="weight of the cross-entropy; default 1, or 0 with a teacher"
+    )
+    similarity: float | None = Field(
+        None, ge=0, description="weight of similarity matching; default 10, or 0 with a teacher"
+    )
+    distillation: float | None = Field(
+        None, ge=0, description="weight of local distillation; default 1 with a teacher, else 0"
+    )
+    alpha: float = Field(0.0, ge=0, description="weight of alignment of U with the feedback")
+    beta: float = Field(0.0, ge=0, description="weight of the orthogonality penalty on U and V")
+    cosine: float = Field(0.0, ge=0, description="weight of the cosine term, output to feedback")
+    hoyer: float = Field(0.0, ge=0, description="weight of Hoyer sparsity on S")
+    storage: Literal["stored", "recomputed"] = Field(
+        "stored",
+        description="with the global error: keep all block graphs until the error is known "
+        "(stored), or run a second forward in constant memory (recomputed)",
+    )
+
+
+class DFA(CutSettings):
+    """Direct feedback alignment (Nøkland 2016): the output error through dense random matrices."""
+
+    name: Literal["dfa"] = Field("dfa", description="rule: direct feedback alignment")
+    pool: int = Field(
+        4, ge=1, description="side of the grid to which feature maps are averaged for the feedback"
+    )
+    storage: Literal["stored", "recomputed"] = Field(
+        "stored",
+        description="keep all block graphs until the output error is known (stored), or run a "
+        "second forward in constant memory (recomputed)",
+    )
