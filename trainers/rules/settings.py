@@ -4,21 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from converter.settings import Settings
-
-
-class CutSettings(Settings):
-    """Where the network is cut into blocks, shared by every local rule."""
-
-    boundaries: Literal["units", "layers"] = Field(
-        "units",
-        description="cut where exactly one tensor is live, as between residual units (units), "
-        "or after every layer, residual streams being detached too (layers)",
-    )
-    layers_per_block: int = Field(1, ge=1, description="factored (or dense) layers to a block")
-    blocks: tuple[str, ...] = Field(
-        (), description="submodules that are the blocks, as globs; for models that cannot be traced"
-    )
+from trainers.cuts.blocks import CutSettings
 
 
 class SSA(CutSettings):

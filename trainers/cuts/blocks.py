@@ -1,0 +1,108 @@
+"""Blocks, their roots (the tensors from which a block's local loss is made), and their settings."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from converter.settings import Settings
+
+# visit(index of the block, its roots, the logits at the last block)
+Visit = Callable[[int, tuple[Tensor, ...], Tensor | None], None]
+
+Layout = Literal["flat", "tokens", "map", "map-last"]
+
+
+class CutSettings(Settings):
+    """Where the network is cut into blocks, shared by every local rule."""
+
+    boundaries: Literal["units", "layers"] = Field(
+        "units",
+        description="cut where exactly one tensor is live, as between residual units (units), "
+        "or after every layer, residual streams being detached too (layers)",
+    )
+    layers_per_block: int = Field(
+        1, ge=1, description="layers, factored or dense, to a block (at least)"
+    )
+    blocks: tuple[str, ...] = Field(
+        (), description="submodules that are the blocks, as globs; for models that cannot be traced"
+    )
+
+
+@dataclass(frozen=True)
+class Root:
+    """A tensor that a block hands on.
+
+    Attributes:
+        name: the node that makes it.
+        shape: without the batch.
+        layout: flat (N, C), tokens (N, T, C), map (N, C, H, W) or map-last (N, H, W, C).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    layout: Layout
+
+    def pooled(self, h: Tensor, grid: int) -> Tensor:
+        """Features for a read-out: maps averaged to at most grid x grid, tokens to their mean.
+
+        Args:
+            h: (N, *shape), a value of this root.
+            grid: side of the grid.
+
+        Returns:
+            (N, D).
+        """
+        if self.layout == "tokens":
+            return h.mean(dim=1)
+        if self.layout == "map-last":
+            h = h.permute(0, 3, 1, 2)
+        if self.layout in ("map", "map-last"):
+            height, width = h.shape[-2:]
+            h = F.adaptive_avg_pool2d(h, (min(grid, height), min(grid, width)))
+        return h.flatten(1)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A local block: its name, its layers' names, its roots, and the module that holds them."""
+
+    name: str
+    layers: tuple[str, ...]
+    roots: tuple[Root, ...]
+    module: nn.Module
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters that train with this block."""
+        return self.module.parameters()
+
+
+def make_root(name: str, shape: tuple[int, ...], image: tuple[int, ...]) -> Root:
+    """Tell a root's layout from its shape.
+
+    Args:
+        name: the node's.
+        shape: (N, ...) of the root.
+        image: (N, C, H, W) of the input; a map has its sides in the same proportion.
+    """
+    shape = tuple(shape[1:])
+    if len(shape) == 1:
+        layout: Layout = "flat"
+    elif len(shape) == 2:
+        layout = "tokens"
+    elif len(shape) == 3 and _alike(shape[1:], image) >= _alike(shape[:2], image):
+        layout = "map"
+    elif len(shape) == 3:
+        layout = "map-last"
+    else:
+        layout = "flat"
+    return Root(name, shape, layout)
+
+
+def _alike(sides: tuple[int, ...], image: tuple[int, ...]) -> bool:
+    """Whether the sides could be the input's, divided by one stride."""
+    height, width = image[-2:]
+    return abs(sides[0] / height - sides[1] / width) < 1 / min(height, width)

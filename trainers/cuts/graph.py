@@ -1,0 +1,176 @@
+"""A network as a `torch.fx` graph, with what each node yields on an example."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from converter.errors import StiefelError
+from converter.factors import Factored, FactoredWeight
+
+ATTENTION = (nn.MultiheadAttention,)
+WEIGHTED = (Factored, nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRACE_ADVICE = "name the submodules that are to be its blocks, by glob, under `blocks`"
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A traced network: the graph, the opaque submodules, and what the nodes yielded.
+
+    Attributes:
+        graph: the forward pass; `call_module` targets are names in the network.
+        module: executes `graph`; shares every submodule and parameter with the network.
+        opaque: names of the submodules that had to be taken whole.
+        values: node → what it yielded on the example (tensors on the meta device).
+    """
+
+    graph: fx.Graph
+    module: fx.GraphModule
+    opaque: frozenset[str]
+    values: dict[fx.Node, Any]
+
+
+def trace(
+    network: nn.Module, example: Tensor, opaque: frozenset[str] = frozenset(), training: bool = True
+) -> Traced:
+    """Trace `network` as it runs in training (or evaluation) mode.
+
+    A submodule whose forward cannot be traced, or which reads a factored layer's `.weight`, is
+    taken whole; the innermost such module is.
+
+    Args:
+        network: left as it was, training mode included.
+        example: (N, C, H, W); one image of it is used.
+        opaque: submodules to take whole from the outset.
+        training: which mode's graph.
+
+    Raises:
+        StiefelError: the network's own forward, outside every submodule, cannot be traced.
+    """
+    with in_mode(network, training):
+        tracer, graph = _trace(network, opaque)
+    # Constants that the tracer left on the network belong to the graph alone.
+    module = fx.GraphModule(network, graph)
+    for name in tracer.tensor_attrs.values():
+        if name.startswith("_tensor_constant"):
+            network.__dict__.pop(name, None)
+    with in_mode(network, False), torch.no_grad():
+        # Three images: dimensions of size three are rare, so the batch's can be told from others.
+        images = example[:1].expand(3, *example.shape[1:]).contiguous()
+        values = _Recorder(module).record(images)
+    return Traced(graph, module, tracer.opaque, values)
+
+
+def _trace(network: nn.Module, opaque: frozenset[str]) -> tuple["_Tracer", fx.Graph]:
+    while True:
+        tracer = _Tracer(opaque)
+        try:
+            return tracer, tracer.trace(network)
+        except Exception as error:
+            if tracer.culprit is None or tracer.culprit in opaque:
+                reason = str(error).strip().split("\n")[0]
+                raise StiefelError(
+                    f"{type(network).__name__} cannot be traced ({reason}); {TRACE_ADVICE}"
+                ) from error
+            opaque = opaque | {tracer.culprit}
+
+
+class _Tracer(fx.Tracer):
+    """Takes factored layers and attention whole, and remembers where tracing failed."""
+
+    def __init__(self, opaque: frozenset[str]) -> None:
+        super().__init__()
+        self.opaque = opaque
+        self.culprit: str | None = None
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        whole = isinstance(m, (Factored, *ATTENTION)) or module_qualified_name in self.opaque
+        return whole or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            name = self.path_of_module(m)
+            if self.culprit is None and not self.is_leaf_module(m, name):
+                self.culprit = name
+            raise
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, FactoredWeight):
+            # Traced through, the graph would hold on to factors that truncation replaces.
+            raise TypeError("a factored weight is read outside its layer")
+        return super().create_arg(a)
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a graph once and keeps the shape of everything."""
+
+    def record(self, x: Tensor) -> dict[fx.Node, Any]:
+        self.seen: dict[fx.Node, Any] = {}
+        self.run(x)
+        return self.seen
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        self.seen[n] = fx.node.map_aggregate(
+            value, lambda v: v.detach().to("meta") if isinstance(v, Tensor) else v
+        )
+        return value
+
+
+@contextmanager
+def in_mode(network: nn.Module, training: bool) -> Iterator[None]:
+    """Put every submodule in training or evaluation mode, and each back as it was."""
+    before = [(m, m.training) for m in network.modules()]
+    network.train(training)
+    try:
+        yield
+    finally:
+        for module, was in before:
+            module.training = was
+
+
+def weighted_layers(module: nn.Module) -> int:
+    """How many layers that mix channels are in this module; an attention counts once.
+
+    Depthwise convolutions do not mix channels, and are left to the block where they stand.
+    """
+    if isinstance(module, ATTENTION):
+        return 1
+    if isinstance(module, WEIGHTED):
+        return int(getattr(module, "groups", 1) == 1 or isinstance(module, Factored))
+    return sum(weighted_layers(child) for child in module.children())
+
+
+def body(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes but the output."""
+    return [node for node in graph.nodes if node.op != "output"]
+
+
+def constant_nodes(nodes: list[fx.Node]) -> set[fx.Node]:
+    """The nodes that do not depend on the input: every block computes those that it needs."""
+    fixed: set[fx.Node] = set()
+    for node in nodes:
+        if node.op != "placeholder" and all(n in fixed for n in node.all_input_nodes):
+            fixed.add(node)
+    return fixed
+
+
+def live_nodes(graph: fx.Graph) -> list[list[fx.Node]]:
+    """For each place of the body, the nodes made there or before and used after; no constants."""
+    nodes = body(graph)
+    fixed = constant_nodes(nodes)
+    order = {node: place for place, node in enumerate(graph.nodes)}
+    last_use = {node: max((order[user] for user in node.users), default=-1) for node in nodes}
+    live: list[list[fx.Node]] = []
+    now: list[fx.Node] = []
+    for place, node in enumerate(nodes):
+        if node not in fixed:
+            now = [*now, node]
+        now = [n for n in now if last_use[n] > place]
+        live.append(now)
+    return live

@@ -1,0 +1,171 @@
+"""Cuts for networks that cannot be traced: the user names the submodules that are the blocks."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from converter.errors import StiefelError
+from trainers.cuts.blocks import Block, Root, Visit, make_root
+from trainers.cuts.graph import in_mode
+
+
+class NamedCuts:
+    """Cut after each submodule whose name matches, but the last, which the output head joins.
+
+    What runs between two named blocks belongs to the later one.
+
+    Args:
+        network: left as it was.
+        globs: such as ("encoder.layers.*",); a star stands for one level of names.
+        example: (N, C, H, W); one image of it is used.
+
+    Raises:
+        StiefelError: nothing matches, blocks are nested, or a tensor bypasses a block.
+    """
+
+    def __init__(self, network: nn.Module, globs: tuple[str, ...], example: Tensor) -> None:
+        self._network = network
+        self._named = _matching(network, globs)
+        self._calls: list[str] = []
+        self.blocks = self._probe(example)
+
+    def run(self, x: Tensor, visit: Visit) -> Tensor:
+        """See `Cuts.run`."""
+        held: list[tuple[Tensor, ...]] = []
+        last = len(self._calls) - 1
+
+        def leave(index: int, output: Any) -> Any:
+            roots = _roots(output)
+            if index == last:
+                held.append(roots)
+                return output
+            visit(index, roots, None)
+            return tree_map_only(Tensor, Tensor.detach, output)
+
+        with self._hooked(leave):
+            logits = _first(self._network(x))
+        visit(last, held.pop(), logits)
+        return logits.detach()
+
+    def walk(self, x: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """See `Cuts.walk`; a network that cannot be traced runs whole, so all roots are kept."""
+        kept: list[tuple[Tensor, ...]] = []
+
+        def leave(index: int, output: Any) -> Any:
+            kept.append(tuple(t.detach() for t in _roots(output)))
+            return output
+
+        with self._hooked(leave):
+            self._network(x)
+        yield from kept
+
+    @contextmanager
+    def _hooked(self, leave) -> Iterator[None]:
+        count = 0
+
+        def hook(module: nn.Module, arguments: Any, output: Any) -> Any:
+            nonlocal count
+            count += 1
+            return leave(count - 1, output)
+
+        handles = [module.register_forward_hook(hook) for module in self._named.values()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _probe(self, example: Tensor) -> tuple[Block, ...]:
+        """Run once: the order of the blocks, their roots, and that nothing bypasses them."""
+        images = example[:1].expand(3, *example.shape[1:]).contiguous()
+        names = {id(module): name for name, module in self._named.items()}
+        roots: list[tuple[Root, ...]] = []
+        seen: set[Any] = set()
+
+        def hook(module: nn.Module, arguments: Any, output: Any) -> Any:
+            name = names[id(module)]
+            values = _roots(output)
+            if not values:
+                raise StiefelError(
+                    f"block '{name}' returns no float tensor with the batch in front"
+                )
+            self._calls.append(name)
+            roots.append(
+                tuple(
+                    make_root(f"{name}:{i}", value.shape, images.shape)
+                    for i, value in enumerate(values)
+                )
+            )
+            graph = _graph(values)
+            if graph & seen:
+                raise StiefelError(
+                    f"a tensor reaches block '{name}' past an earlier block: name blocks that "
+                    "everything flows through"
+                )
+            seen.update(graph)
+            return tree_map_only(Tensor, Tensor.detach, output)
+
+        with in_mode(self._network, False), torch.enable_grad():
+            handles = [module.register_forward_hook(hook) for module in self._named.values()]
+            try:
+                output = _first(self._network(images))
+            finally:
+                for handle in handles:
+                    handle.remove()
+        if _graph((output,)) & seen:
+            raise StiefelError(
+                "a tensor reaches the output past a named block: name blocks that everything "
+                "flows through"
+            )
+        return tuple(
+            Block(name, (name,), root, self._named[name])
+            for name, root in zip(self._calls, roots, strict=True)
+        )
+
+
+def _roots(output: Any) -> tuple[Tensor, ...]:
+    return tuple(
+        leaf
+        for leaf in tree_leaves(output)
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim >= 2
+    )
+
+
+def _first(output: Any) -> Tensor:
+    return next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+
+
+def _graph(roots: tuple[Tensor, ...]) -> set[Any]:
+    """Every function node behind the roots but the leaves, which shared layers may share."""
+    found: set[Any] = set()
+    stack = [root.grad_fn for root in roots if root.grad_fn is not None]
+    while stack:
+        node = stack.pop()
+        if node in found or type(node).__name__ == "AccumulateGrad":
+            continue
+        found.add(node)
+        stack += [upstream for upstream, _ in node.next_functions if upstream is not None]
+    return found
+
+
+def _matching(network: nn.Module, globs: tuple[str, ...]) -> dict[str, nn.Module]:
+    named = {
+        name: module
+        for name, module in network.named_modules()
+        if any(name.count(".") == glob.count(".") and fnmatchcase(name, glob) for glob in globs)
+    }
+    named.pop("", None)
+    if not named:
+        some = ", ".join([name for name, _ in network.named_modules() if name][:6])
+        raise StiefelError(
+            f"no submodule of {type(network).__name__} matches {', '.join(globs)}; it has {some}"
+        )
+    for name in named:
+        if inner := next((n for n in named if n.startswith(f"{name}.")), None):
+            raise StiefelError(f"blocks must not contain one another: '{name}' contains '{inner}'")
+    return named

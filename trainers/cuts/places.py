@@ -1,0 +1,143 @@
+"""Where to cut a traced network: between residual units, or after every layer."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from trainers.cuts.blocks import CutSettings
+from trainers.cuts.graph import Traced, body, live_nodes, weighted_layers
+
+# A unit without an inner single-tensor place (a DenseNet's dense block) is cut all the same when
+# it holds more layers than the largest residual or inception unit has.
+_LARGEST_UNIT = 10
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The nodes start..end-1 of a graph's body, one block's.
+
+    `hidden` is where the cut would have been that the output head was joined across.
+    """
+
+    start: int
+    end: int
+    name: str
+    layers: tuple[str, ...]
+    hidden: int | None = None
+
+
+def choose_segments(traced: Traced, settings: CutSettings) -> list[Segment]:
+    """Choose the cuts."""
+    places, size = _Places(traced), settings.layers_per_block
+    if settings.boundaries == "layers":
+        ends = places.group(0, len(places), size, None)
+    else:
+        ends = places.group(0, len(places), size, width=1)
+        for start, end in list(pairwise([0, *ends, len(places)])):
+            if places.count(start, end) > max(_LARGEST_UNIT, size):
+                ends += places.group(start, end, max(size, 2), None)
+        ends.sort()
+    stops = [0, *ends, len(places)]
+    hidden = None
+    if len(stops) > 2 and places.count(stops[-2], stops[-1]) == 1:
+        # The output head alone would train on features that nothing shapes for it.
+        hidden = stops.pop(-2)
+    return [
+        Segment(
+            start,
+            end,
+            _block_name(places.names(start, hidden if end == len(places) and hidden else end)),
+            places.names(start, end),
+            hidden if end == len(places) else None,
+        )
+        for start, end in pairwise(stops)
+    ]
+
+
+def _block_name(layers: tuple[str, ...]) -> str:
+    """The layers' common module, or the first and last layer's names."""
+    paths = [layer.split(".") for layer in layers]
+    if not paths:
+        return "network"
+    shared = []
+    for parts in zip(*paths, strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0])
+    # The common module of unlike units ("layer1", "features") would say too little.
+    if len(layers) == 1 or len(shared) >= len(paths[0]) - 1 > 0:
+        return ".".join(shared)
+    return f"{layers[0]}-{layers[-1]}"
+
+
+def _is_float(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _can_cut(values: list[object]) -> bool:
+    """Whether all that is live is either no tensor, or a tensor with the batch in front."""
+    for value in values:
+        if isinstance(value, Tensor):
+            if value.is_floating_point() and (value.ndim < 2 or value.shape[0] != 3):
+                return False
+        elif any(isinstance(leaf, Tensor) for leaf in torch.utils._pytree.tree_leaves(value)):
+            return False
+    return True
+
+
+class _Places:
+    """What each place of the graph offers for cutting."""
+
+    def __init__(self, traced: Traced) -> None:
+        self.nodes = body(traced.graph)
+        self.values = traced.values
+        modules = dict(traced.module.named_modules())
+        self.layers = [
+            weighted_layers(modules[n.target]) if n.op == "call_module" else 0 for n in self.nodes
+        ]
+        live = live_nodes(traced.graph)
+        self.width = [sum(_is_float(self.values[n]) for n in now) for now in live]
+        self.able = [_can_cut([self.values[n] for n in now]) for now in live]
+
+    def __len__(self) -> int:
+        return len(self.nodes)
+
+    def count(self, start: int, end: int) -> int:
+        """Weighted layers in start..end-1."""
+        return sum(self.layers[start:end])
+
+    def names(self, start: int, end: int) -> tuple[str, ...]:
+        """Names of the weighted layers in start..end-1."""
+        return tuple(str(self.nodes[i].target) for i in range(start, end) if self.layers[i])
+
+    def follows(self, place: int) -> bool:
+        """Whether the node finishes what the node before it began: a norm, activation, addition."""
+        node = self.nodes[place]
+        value = self.values[node]
+        return (
+            self.layers[place] == 0
+            and isinstance(value, Tensor)
+            and any(
+                isinstance(self.values[n], Tensor) and self.values[n].shape == value.shape
+                for n in node.all_input_nodes
+            )
+            and self.able[place]
+            and self.width[place] <= self.width[place - 1]
+        )
+
+    def group(self, start: int, end: int, size: int, width: int | None) -> list[int]:
+        """Ends of blocks of `size` layers in start..end-1, with at most `width` live tensors."""
+        ends, count, place = [], 0, start
+        while place < end - 1:
+            count += self.layers[place]
+            if count >= size and self.able[place] and self.width[place] <= (width or len(self)):
+                while place + 1 < end - 1 and self.follows(place + 1):
+                    place += 1
+                ends.append(place + 1)
+                count = 0
+            place += 1
+        if ends and not self.count(ends[-1], end):
+            ends.pop()
+        return ends

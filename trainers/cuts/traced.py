@@ -1,0 +1,210 @@
+"""Running a traced network block by block, each block a graph of its own."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
+
+from converter.errors import StiefelError
+from trainers.cuts.blocks import Block, Root, Visit, make_root
+from trainers.cuts.graph import Traced, body, constant_nodes, live_nodes
+from trainers.cuts.places import Segment
+
+
+class TracedCuts:
+    """A traced network cut into blocks, each a graph of its own over the network's modules.
+
+    Args:
+        traced: the whole network.
+        segments: the places of the graph that make each block.
+        roots: names of each block's roots; by default what is live at its cut.
+    """
+
+    def __init__(
+        self,
+        traced: Traced,
+        segments: list[Segment],
+        roots: list[tuple[str, ...]] | None = None,
+    ) -> None:
+        self.traced = traced
+        self._segments = segments
+        self._parts = _split(traced, segments, roots)
+        self.blocks = tuple(
+            Block(segment.name, segment.layers, part.roots, part.module)
+            for segment, part in zip(segments, self._parts, strict=True)
+        )
+
+    def alike(self, traced: Traced) -> "TracedCuts":
+        """Another network of the same structure, cut in the same places.
+
+        Raises:
+            StiefelError: a place or a root is missing there.
+        """
+        own, other = body(self.traced.graph), body(traced.graph)
+        places = {node.name: place for place, node in enumerate(other)}
+        roots = [tuple(root.name for root in block.roots) for block in self.blocks]
+        ends = [own[segment.end - 1].name for segment in self._segments[:-1]]
+        if missing := [name for name in [*ends, *sum(roots, ())] if name not in places]:
+            raise StiefelError(
+                f"the teacher has no '{missing[0]}': give the dense original that the network was "
+                "converted from"
+            )
+        stops = [*(places[name] + 1 for name in ends), len(other)]
+        segments = [
+            Segment(start, stop, ours.name, ours.layers)
+            for start, stop, ours in zip([0, *stops[:-1]], stops, self._segments, strict=True)
+        ]
+        return TracedCuts(traced, segments, roots)
+
+    def run(self, x: Tensor, visit: Visit) -> Tensor:
+        """See `Cuts.run`."""
+        logits = x
+        for index, (roots, output) in enumerate(self._blocks(x)):
+            visit(index, roots, output)
+            if output is not None:
+                logits = output.detach()
+        return logits
+
+    def walk(self, x: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """See `Cuts.walk`."""
+        for roots, _ in self._blocks(x):
+            yield tuple(root.detach() for root in roots)
+
+    def _blocks(self, x: Tensor) -> Iterator[tuple[tuple[Tensor, ...], Tensor | None]]:
+        """Yield each block's roots, and the logits at the last, with their graph."""
+        environment = {self._parts[0].given[0]: x}
+        for part in self._parts:
+            given = [environment[name] for name in part.given]
+            for name in part.done:
+                del environment[name]
+            made = dict(zip(part.made, part.module(*given), strict=True))
+            del given
+            roots = tuple(made[root.name] for root in part.roots)
+            yield roots, _logits(made["output"]) if part.last else None
+            for name in part.passed:
+                environment[name] = _cut_off(made[name], name in part.overwritten)
+            del made, roots
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A block ready to run: `module` maps the values of `given` to those of `made`.
+
+    `passed` are those that later blocks read, `done` those of `given` that none reads any more;
+    `overwritten` are the passed ones that a later block writes into.
+    """
+
+    module: fx.GraphModule
+    given: tuple[str, ...]
+    made: tuple[str, ...]
+    roots: tuple[Root, ...]
+    passed: tuple[str, ...]
+    done: tuple[str, ...]
+    overwritten: frozenset[str]
+    last: bool
+
+
+def _cut_off(value: Any, overwritten: bool) -> Any:
+    """Detach; copy what will be written into, as the graph before the cut may have saved it."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().clone() if overwritten else value.detach()
+
+
+def _logits(output: Any) -> Tensor:
+    """The first tensor of a network's output, which is the logits where there are several."""
+    return next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+
+
+def _split(
+    traced: Traced, segments: list[Segment], roots: list[tuple[str, ...]] | None
+) -> list[_Part]:
+    """Each segment as a graph of its own."""
+    nodes = body(traced.graph)
+    output = next(node for node in traced.graph.nodes if node.op == "output").args[0]
+    fixed = constant_nodes(nodes)
+    live = live_nodes(traced.graph)
+    image = traced.values[nodes[0]].shape
+    parts = []
+    for index, segment in enumerate(segments):
+        mine = [n for n in nodes[segment.start : segment.end] if n not in fixed]
+        last = segment.end == len(nodes)
+        after = set() if last else set(live[segment.end - 1])
+        passed = [n for n in mine if n in after]
+        if roots is not None:
+            rooted = [n for n in mine if n.name in roots[index]]
+        elif segment.hidden is not None:
+            rooted = [n for n in live[segment.hidden - 1] if n in set(mine)]
+        else:
+            rooted = [n for n in passed if _is_float(traced.values[n])]
+        made = list(dict.fromkeys([*passed, *rooted]))
+        given, graph = _subgraph(mine, fixed, made, output if last else None)
+        parts.append(
+            _Part(
+                module=fx.GraphModule(traced.module, graph, class_name="Block"),
+                given=tuple(n.name for n in given),
+                made=(*(n.name for n in made), *(["output"] if last else [])),
+                roots=tuple(make_root(n.name, traced.values[n].shape, image) for n in rooted),
+                passed=tuple(n.name for n in passed),
+                done=tuple(n.name for n in given if n not in after),
+                overwritten=frozenset(n.name for n in passed if _overwritten(n, mine, traced)),
+                last=last,
+            )
+        )
+    return parts
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _subgraph(
+    nodes: list[fx.Node], fixed: set[fx.Node], made: list[fx.Node], output: Any | None
+) -> tuple[list[fx.Node], fx.Graph]:
+    """The nodes as a function of what comes from before them, and the nodes that it takes."""
+    inside = set(nodes)
+    needed = [m for n in nodes for m in (n, *n.all_input_nodes)]
+    if output is not None:
+        fx.node.map_arg(output, needed.append)
+    given = [
+        n
+        for n in dict.fromkeys(needed)
+        if n.op == "placeholder" or (n not in inside and n not in fixed)
+    ]
+    graph = fx.Graph()
+    copies = {node: graph.placeholder(node.name) for node in given}
+
+    def copy(node: fx.Node) -> fx.Node:
+        if node not in copies:
+            for before in node.all_input_nodes:
+                copy(before)
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+        return copies[node]
+
+    for node in nodes:
+        copy(node)
+    results = [copies[node] for node in made]
+    if output is not None:
+        results.append(fx.node.map_arg(output, copy))
+    graph.output(tuple(results))
+    return given, graph
+
+
+def _overwritten(node: fx.Node, mine: list[fx.Node], traced: Traced) -> bool:
+    """Whether a later block writes into this tensor."""
+    return any(user not in mine and _in_place(user, node, traced) for user in node.users)
+
+
+def _in_place(user: fx.Node, node: fx.Node, traced: Traced) -> bool:
+    if not user.args or user.args[0] is not node:
+        return False
+    if user.op == "call_module":
+        return bool(getattr(traced.module.get_submodule(user.target), "inplace", False))
+    name = user.target if isinstance(user.target, str) else user.target.__name__
+    return (
+        bool(user.kwargs.get("inplace"))
+        or (name.endswith("_") and not name.startswith("_"))
+        or (name.startswith("i") and getattr(user.target, "__module__", "") == "_operator")
+    )
