@@ -1,0 +1,84 @@
+"""What a person sees while a command works: status lines, progress bars, notes."""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import rich.console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+Step = Callable[[str, int, int], None]
+Metrics = Callable[[Mapping[str, Any]], None]
+
+
+class Console:
+    """Results go to standard output, everything about the way there to standard error."""
+
+    def __init__(self) -> None:
+        self._out = rich.console.Console(file=sys.stdout, soft_wrap=True, highlight=False)
+        self._err = rich.console.Console(file=sys.stderr, soft_wrap=True, highlight=False)
+
+    def show(self, thing: Any) -> None:
+        """Print a result: a line or a rich table."""
+        self._out.print(thing, markup=False) if isinstance(thing, str) else self._out.print(thing)
+
+    def note(self, text: str) -> None:
+        """Remark on something the user may want to know."""
+        self._err.print(f"note: {text}", markup=False, style="dim")
+
+    @contextmanager
+    def status(self, what: str) -> Iterator[None]:
+        """A spinner while something short goes on."""
+        with self._err.status(what):
+            yield
+
+    @contextmanager
+    def progress(self, title: str) -> Iterator[Step]:
+        """A bar for work that reports (what, done, total)."""
+        columns = (
+            TextColumn(f"{title:<11}"),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}", markup=False),
+        )
+        with Progress(*columns, console=self._err, transient=True) as bar:
+            task = bar.add_task("", total=None)
+
+            def step(what: str, done: int, total: int) -> None:
+                bar.update(task, description=what, completed=done, total=total)
+
+            yield step
+
+    @contextmanager
+    def training(self, title: str) -> Iterator[Metrics]:
+        """A bar for training, and one lasting line an epoch."""
+        columns = (
+            TextColumn(f"{title:<11}"),
+            BarColumn(bar_width=28),
+            TextColumn("{task.description}", markup=False),
+        )
+        with Progress(*columns, console=self._err, transient=True) as bar:
+            task = bar.add_task("", total=None)
+
+            def metrics(now: Mapping[str, Any]) -> None:
+                if now.get("epoch_done"):
+                    bar.console.print(f"{title}  {_epoch_line(now)}", markup=False)
+                else:
+                    bar.update(
+                        task,
+                        description=_step_line(now),
+                        completed=now["step"],
+                        total=now["steps"],
+                    )
+
+            yield metrics
+
+
+def _epoch_line(now: Mapping[str, Any]) -> str:
+    return str(now)
+
+
+def _step_line(now: Mapping[str, Any]) -> str:
+    return str(now)

@@ -1,0 +1,120 @@
+"""Pictures of a run: accuracy and rank over training, dense against factored, spectra."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # no screen needed, wherever this runs
+
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from converter.files import atomic_path
+
+DENSE, FACTORED, MUTED = "#5b6770", "#0f7c8a", "#c9d1d6"
+
+
+def draw_training(report: Mapping[str, Any], path: Path) -> Path:
+    """Test accuracy by epoch, pretraining then local training, with ranks below."""
+    figure, (top, bottom) = plt.subplots(
+        2, 1, figsize=(7, 5.4), sharex=True, height_ratios=(3, 2), layout="constrained"
+    )
+    offset = 0
+    for key, label, colour in (
+        ("pretraining", "dense, backpropagation", DENSE),
+        ("training", f"factored, {_rule(report)}", FACTORED),
+    ):
+        records = (report.get(key) or {}).get("records", [])
+        epochs = [offset + record["epoch"] for record in records]
+        accuracy = [100 * record["test_accuracy"] for record in records]
+        top.plot(epochs, accuracy, "o-", color=colour, label=label, markersize=4)
+        _plot_ranks(bottom, epochs, [record["ranks"] for record in records], colour)
+        offset += len(records)
+    if report.get("converted") and report.get("training"):
+        level = 100 * report["converted"]["accuracy"]
+        top.axhline(level, color=MUTED, linestyle="--", label="converted, before training")
+    top.set_ylabel("test accuracy, %")
+    top.legend(loc="lower right", frameon=False)
+    bottom.set_ylabel("rank, each layer")
+    bottom.set_xlabel("epoch")
+    return _save(figure, path)
+
+
+def draw_comparison(report: Mapping[str, Any], path: Path) -> Path:
+    """Each cost of the factored model as a fraction of the dense one's, and both accuracies."""
+    final = report.get("trained") or report.get("converted") or report["dense"]
+    bars = [
+        (label, final[key] / report["dense"][key])
+        for label, key in (
+            ("parameters", "parameters"),
+            ("multiply-adds", "macs"),
+            ("file size", "file_size_bytes"),
+            ("training memory", "activation_memory_mib"),
+        )
+        if final.get(key) and report["dense"].get(key)
+    ]
+    bars += [
+        (f"latency, {ratio['runtime']}\nbatch {ratio['batch']}", 1 / ratio["speedup"])
+        for ratio in report.get("bench_ratios", [])
+    ]
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(8, 0.45 * max(6, len(bars)) + 1), width_ratios=(1, 2.4), layout="constrained"
+    )
+    stages = [stage for stage in ("dense", "converted", "trained") if report.get(stage)]
+    heights = [100 * report[stage]["accuracy"] for stage in stages]
+    drawn = left.bar(stages, heights, color=[DENSE, MUTED, FACTORED][: len(stages)])
+    left.bar_label(drawn, fmt="%.1f")
+    left.set_ylim(0, 108)
+    left.set_ylabel("test accuracy, %")
+    drawn = right.barh([label for label, _ in bars], [ratio for _, ratio in bars], color=FACTORED)
+    right.bar_label(drawn, fmt="%.2f", padding=3)
+    right.axvline(1, color=DENSE, linestyle="--")
+    right.set_xlim(0, 1.15 * max([1.0, *(ratio for _, ratio in bars)]))
+    right.set_xlabel("factored / dense (1 = dense, less is better)")
+    right.invert_yaxis()
+    return _save(figure, path)
+
+
+def draw_spectra(
+    spectra: Mapping[str, Sequence[float]], ranks: Mapping[str, int | None], path: Path
+) -> Path:
+    """Each layer's singular values, relative to its largest, with the chosen rank marked."""
+    columns = min(4, len(spectra))
+    lines = -(-len(spectra) // columns)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(3 * columns, 2.2 * lines), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat[len(spectra) :]:
+        axis.set_visible(False)
+    for axis, (name, values) in zip(axes.flat, spectra.items(), strict=False):
+        top = max(values[0], 1e-30)
+        axis.semilogy(range(1, len(values) + 1), [max(v / top, 1e-8) for v in values], color=DENSE)
+        if ranks.get(name):
+            axis.axvline(ranks[name], color=FACTORED)
+        axis.set_title(name, fontsize=8)
+        axis.tick_params(labelsize=7)
+    figure.supxlabel("singular direction; the line is the chosen rank", fontsize=9)
+    figure.supylabel("singular value / largest", fontsize=9)
+    return _save(figure, path)
+
+
+def _rule(report: Mapping[str, Any]) -> str:
+    train = report["recipe"].get("train") or {}
+    return train.get("rule", {}).get("name", "").upper()
+
+
+def _plot_ranks(axis: Axes, epochs: list[int], ranks: list[Mapping[str, int]], colour: str) -> None:
+    for name in ranks[-1] if ranks else ():
+        axis.plot(epochs, [at.get(name) for at in ranks], color=colour, alpha=0.6)
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    for axis in figure.axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=140, format=path.suffix.lstrip("."))
+    plt.close(figure)
+    return path

@@ -1,0 +1,405 @@
+"""A recipe, start to end: build → pretrain → convert → train → export → bench → report."""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from converter import convert as factoring
+from converter.checkpoints import load_any, save_dense, save_factored
+from converter.cost import count_macs, count_parameters
+from converter.errors import StiefelError
+from converter.files import write_text
+from converter.models import load
+from converter.ranks import RankPlan, parse_rank
+from converter.specs import ModelSpec, spec_of
+from export.bench import bench
+from export.doctor import environment
+from export.onnx import export_onnx
+from export.safetensors import export_safetensors
+from stiefel import report as rendering
+from stiefel.console import Console
+from stiefel.recipe import ConvertSection, DataSection, ModelSection, Recipe, resolved, save_recipe
+from trainers.data import Data, images, load_data
+from trainers.device import resolve_device
+from trainers.evaluate import evaluate
+from trainers.memory import activation_memory_mib
+from trainers.rules import BP
+from trainers.trainer import History, TrainSettings, train_local
+
+STATE = "state.json"
+# The training batch whose activations are weighed: small enough for any machine, scales linearly.
+MEMORY_BATCH = 64
+
+
+def run(recipe: Recipe, folder: Path, console: Console, *, resume: bool = False) -> dict[str, Any]:
+    """Carry out a recipe in a run folder and return its report.
+
+    Each stage leaves its checkpoint and its figures in the folder, so that `resume` goes on where
+    an interrupted run stopped, in the middle of training too.
+
+    Raises:
+        StiefelError: a stage could not be done; what came before it is kept.
+        KeyboardInterrupt: training was interrupted; what was finished is kept.
+    """
+    road = Road(recipe, folder, console, resume)
+    dense = road.dense()
+    factored = road.converted(dense) if recipe.convert else None
+    if recipe.train:
+        factored = road.trained(factored or dense, dense)
+    if recipe.export:
+        road.exported(dense, factored)
+    if recipe.bench:
+        road.benched(dense, factored)
+    return road.finish()
+
+
+def dry_run(recipe: Recipe) -> RankPlan | None:
+    """The rank plan of a recipe, from the model as it is before any training; writes nothing."""
+    torch.manual_seed(recipe.seed)
+    model = build(recipe.model)
+    if recipe.convert is None:
+        return None
+    data = None
+    if recipe.convert.calibrate == "data":
+        data = open_data(recipe.data, model, seed=recipe.seed)
+    return make_plan(model, recipe.convert, calibration_images(recipe.convert, model, data))
+
+
+def build(section: ModelSection, note: Callable[[str], None] | None = None) -> nn.Module:
+    """The model that a recipe or a command line names: by factory, or by a checkpoint of ours.
+
+    Raises:
+        StiefelError: neither is given, or it can't be loaded.
+    """
+    if section.name is None:
+        if section.checkpoint is None:
+            raise StiefelError("no model: give its name (zoo:resnet32, …) or a stiefel checkpoint")
+        return load_any(section.checkpoint)
+    return load(
+        section.name,
+        checkpoint=section.checkpoint,
+        weights=section.weights,
+        args=section.args,
+        input=section.input,
+        rename=section.rename,
+        variant=section.variant,
+        note=note,
+    )
+
+
+def open_data(section: DataSection, model: nn.Module, *, seed: int) -> Data:
+    """The data as this model expects its images.
+
+    Raises:
+        StiefelError: the source can't be read, or its classes don't fit the model.
+    """
+    spec = require_spec(model)
+    data = load_data(
+        section.source,
+        input=spec.input,
+        limit_train=section.limit_train,
+        limit_test=section.limit_test,
+        seed=seed,
+        augment=section.augment,
+    )
+    if len(data.classes) > spec.num_classes:
+        raise StiefelError(
+            f"{section.source} has {len(data.classes)} classes, {spec.name} tells {spec.num_classes} "
+            "apart; give the model argument num_classes"
+        )
+    return data
+
+
+def require_spec(model: nn.Module) -> ModelSpec:
+    """What the model is and eats.
+
+    Raises:
+        StiefelError: it was made by hand and carries no specification.
+    """
+    spec = spec_of(model)
+    if spec is None:
+        raise StiefelError("this model carries no specification; make it with stiefel.load")
+    return spec
+
+
+def example_of(model: nn.Module, batch: int = 1) -> torch.Tensor:
+    """A seeded random batch (batch, C, H, W) of the model's own input shape, float32, on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(batch, *require_spec(model).input.shape, generator=generator)
+
+
+def calibration_images(
+    section: ConvertSection, model: nn.Module, data: Data | None, *, seed: int = 0
+) -> torch.Tensor | None:
+    """The calibration images (N, C, H, W), normalised, or None where none are asked for."""
+    if section.calibrate is None:
+        return None
+    if section.calibrate != "data":
+        source = DataSection(source=section.calibrate, augment=False)
+        data = open_data(source, model, seed=seed)
+    if data is None:
+        raise StiefelError("calibrate: data needs the data section; or name a data source")
+    return images(data.train, section.calibrate_images, seed)
+
+
+def make_plan(
+    model: nn.Module,
+    section: ConvertSection,
+    calibration: torch.Tensor | None,
+    *,
+    device: str | torch.device = "cpu",
+    progress: Callable[[str, int, int], None] | None = None,
+) -> RankPlan:
+    """Scheme and rank for each layer, as the convert section asks."""
+    return factoring.plan(
+        model,
+        parse_rank(section.rank),
+        scheme=section.scheme,
+        example=example_of(model),
+        calibration=calibration,
+        settings=section.calibration,
+        layers=section.layers,
+        device=device,
+        progress=progress,
+    )
+
+
+class Road:
+    """One recipe on its way: the run folder, the figures so far, and each stage's work."""
+
+    def __init__(self, recipe: Recipe, folder: Path, console: Console, resume: bool) -> None:
+        self.recipe, self.folder, self.console = recipe, folder, console
+        self.device = resolve_device(recipe.device)
+        torch.manual_seed(recipe.seed)
+        # Everything that can be found wrong is found before the folder is touched.
+        self._model = build(recipe.model, note=console.note)
+        self.data = open_data(recipe.data, self._model, seed=recipe.seed)
+        self.figures = _open_folder(folder, recipe, resume)
+
+    def dense(self) -> nn.Module:
+        """The dense model, trained first where the recipe says so."""
+        path, model = self.folder / "dense.safetensors", self._model
+        if "dense" in self.figures:
+            return load_any(path)
+        if self.recipe.pretrain:
+            history = self._train("pretraining", model, BP(), self.recipe.pretrain, None)
+            self.figures["pretraining"] = history_figures(history)
+        save_dense(model, path)
+        self._measure("dense", model, path, BP())
+        return model
+
+    def converted(self, dense: nn.Module) -> nn.Module:
+        """The factored model, before any training of its own."""
+        path, section = self.folder / "converted.safetensors", self.recipe.convert
+        if "converted" in self.figures:
+            return load_any(path)
+        calibration = calibration_images(section, dense, self.data, seed=self.recipe.seed)
+        start = time.perf_counter()
+        with self.console.progress("convert") as progress:
+            plan = make_plan(dense, section, calibration, device=self.device, progress=progress)
+            model = factoring.convert(
+                dense,
+                plan,
+                calibration=calibration,
+                settings=section.calibration,
+                device=self.device,
+                progress=progress,
+            )
+        seconds = time.perf_counter() - start
+        save_factored(model, path, history={"step": "convert", "policy": plan.policy})
+        self.figures["plan"] = plan.model_dump(mode="json")
+        self._measure("converted", model, path, None, convert_seconds=seconds)
+        return model
+
+    def trained(self, model: nn.Module, dense: nn.Module) -> nn.Module:
+        """The factored model after local training."""
+        path, section = self.folder / "trained.safetensors", self.recipe.train
+        if "trained" in self.figures:
+            return load_any(path)
+        teacher = dense if section.teach and model is not dense else None
+        settings = TrainSettings(
+            **section.model_dump(exclude={"rule", "teach"}),
+        )
+        history = self._train("training", model, section.rule, settings, teacher)
+        save_factored(model, path, history={"step": "train-local", "rule": section.rule.name})
+        self.figures["training"] = history_figures(history)
+        self._measure("trained", model, path, section.rule, teacher=teacher)
+        return model
+
+    def exported(self, dense: nn.Module, factored: nn.Module | None) -> None:
+        """The files for deployment, each proved against torch."""
+        if "export" in self.figures:
+            return
+        formats, figures = self.recipe.export.formats, {}
+        small = factored if factored is not None else dense
+        if "safetensors" in formats:
+            result = export_safetensors(small, self.folder / "small.safetensors")
+            figures["safetensors"] = result.model_dump(mode="json")
+        if "onnx" in formats:
+            onnx = self.recipe.export.onnx
+            for key, model in (("onnx_dense", dense), ("onnx", small)):
+                name = "dense.onnx" if model is dense else "small.onnx"
+                with self.console.status(f"export {name}"):
+                    result = export_onnx(
+                        model, self.folder / name, example=self._test_images(), settings=onnx
+                    )
+                figures[key] = result.model_dump(mode="json")
+        self._keep("export", figures)
+
+    def benched(self, dense: nn.Module, factored: nn.Module | None) -> None:
+        """Dense against factored, side by side."""
+        if "bench" in self.figures:
+            return
+        suffix = ".onnx" if "onnx" in self.figures.get("export", {}) else ".safetensors"
+        contenders = {"dense": self.folder / f"dense{suffix}"}
+        if factored is not None:
+            contenders["factored"] = self.folder / f"small{suffix}"
+        models = {"dense": dense} | ({} if factored is None else {"factored": factored})
+        with self.console.progress("bench") as progress:
+            result = bench(
+                contenders,
+                self.recipe.bench,
+                modules=models,
+                example=example_of(dense),
+                progress=progress,
+            )
+        self.figures["bench_ratios"] = [r.model_dump(mode="json") for r in result.ratios]
+        self.figures["bench_ceilings"] = result.ceilings
+        self._keep("bench", [row.model_dump(mode="json") for row in result.rows])
+
+    def finish(self) -> dict[str, Any]:
+        """Write and return the report."""
+        report = {
+            "recipe": resolved(self.recipe),
+            "environment": environment(self.device) | {"seed": self.recipe.seed},
+            "data": {
+                "name": self.data.name,
+                "train_images": len(self.data.train),
+                "test_images": len(self.data.test),
+                "classes": len(self.data.classes),
+            },
+            **self.figures,
+        }
+        rendering.write(report, self.folder)
+        return report
+
+    def _train(
+        self,
+        title: str,
+        model: nn.Module,
+        rule: Any,
+        settings: TrainSettings,
+        teacher: nn.Module | None,
+    ) -> History:
+        settings = settings.model_copy(
+            update={"seed": self.recipe.seed, "device": self.recipe.device}
+        )
+        out = self.folder / title
+        with self.console.training(title) as progress:
+            history = train_local(
+                model,
+                self.data,
+                rule=rule,
+                settings=settings,
+                teacher=teacher,
+                out=out,
+                resume=(out / "state.pt").exists(),
+                progress=progress,
+            )
+        if history.interrupted:
+            raise KeyboardInterrupt
+        return history
+
+    def _measure(
+        self,
+        stage: str,
+        model: nn.Module,
+        path: Path,
+        rule: Any,
+        *,
+        teacher: nn.Module | None = None,
+        **extra: float,
+    ) -> None:
+        """Accuracy and costs of a stage; with a rule, what training with it holds in memory."""
+        model.cpu()
+        with self.console.status(f"evaluate {stage}"):
+            evaluation = evaluate(model, self.data.test, device=self.device)
+        model.cpu()
+        figures = {
+            "accuracy": evaluation.accuracy,
+            "loss": evaluation.loss,
+            "parameters": count_parameters(model),
+            "macs": count_macs(model, example_of(model)),
+            "file_size_bytes": path.stat().st_size,
+            **extra,
+        }
+        if rule is not None:
+            batch = example_of(model, MEMORY_BATCH)
+            figures["activation_memory_mib"] = activation_memory_mib(
+                model, rule, batch, teacher=teacher
+            )
+            figures["activation_memory_batch"] = MEMORY_BATCH
+        if any(isinstance(v, float) and not math.isfinite(v) for v in figures.values()):
+            raise StiefelError(
+                f"{stage}: the model's output isn't finite; no figure would mean much"
+            )
+        self._keep(stage, figures)
+
+    def _keep(self, stage: str, figures: Any) -> None:
+        self.figures[stage] = figures
+        state = {"recipe": resolved(self.recipe), "figures": self.figures}
+        write_text(self.folder / STATE, json.dumps(state))
+
+    def _test_images(self) -> torch.Tensor:
+        return images(self.data.test, min(8, len(self.data.test)), self.recipe.seed)
+
+
+def history_figures(history: History) -> dict[str, Any]:
+    """A training history as plain data, with the ranks that it ended on."""
+    records = history.records
+    return {
+        "records": records,
+        "best_accuracy": history.best_accuracy,
+        "ranks": records[-1]["ranks"] if records else {},
+    }
+
+
+def _open_folder(folder: Path, recipe: Recipe, resume: bool) -> dict[str, Any]:
+    """The figures of an earlier, interrupted run of the same recipe, or none.
+
+    Raises:
+        StiefelError: the folder can't be made or written, or holds another run.
+    """
+    state = folder / STATE
+    if folder.exists() and not folder.is_dir():
+        raise StiefelError(f"{folder} is a file; name a folder for the run")
+    if resume and state.is_file():
+        try:
+            kept = json.loads(state.read_text(encoding="utf-8"))
+            same, figures = kept["recipe"] == resolved(recipe), dict(kept["figures"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StiefelError(f"{state} can't be read; start anew without --resume") from error
+        if not same:
+            raise StiefelError(f"{folder} holds a run of another recipe; name another --out")
+        return figures
+    if folder.is_dir() and any(folder.iterdir()) and not resume:
+        raise StiefelError(f"{folder} is not empty; name another --out, or go on with --resume")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_recipe(recipe, folder / "recipe.yaml")
+    except OSError as error:
+        raise StiefelError(f"cannot make the run folder {folder}: {error.strerror}") from error
+    return {}
+
+
+def default_folder(recipe: Recipe) -> Path:
+    """`runs/NAME`, or the first of `runs/NAME-2`, … that doesn't exist yet."""
+    base = Path("runs") / recipe.name
+    candidates = (base, *(base.with_name(f"{base.name}-{k}") for k in range(2, 10_000)))
+    return next(folder for folder in candidates if not folder.exists())
