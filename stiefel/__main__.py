@@ -1,0 +1,5 @@
+"""`python -m stiefel`, which is also what torchrun starts."""
+
+from stiefel.cli import main
+
+main(prog_name="stiefel")
