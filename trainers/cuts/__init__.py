@@ -35,8 +35,8 @@ class Cuts(Protocol):
         with theirs at the last block (None before); when it returns they are detached.
         """
 
-    def walk(self, x: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """Yield each block's detached roots, holding no more than one block's tensors if it can."""
+    def walk(self, x: Tensor) -> Iterator[tuple[tuple[Tensor, ...], Tensor | None]]:
+        """Yield what `run` would give to `visit`: a forward that another can advance in step."""
 
 
 def cut(network: nn.Module, example: Tensor, settings: CutSettings) -> Cuts:

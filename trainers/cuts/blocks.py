@@ -1,5 +1,6 @@
 """Blocks, their roots (the tensors from which a block's local loss is made), and their settings."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -45,6 +46,18 @@ class Root:
     name: str
     shape: tuple[int, ...]
     layout: Layout
+
+    def features(self, grid: int) -> int:
+        """D, how many features `pooled` gives."""
+        channels, *sides = self.shape if self.layout != "map-last" else (self.shape[2], *self.shape)
+        if self.layout in ("map", "map-last"):
+            return channels * min(grid, sides[0]) * min(grid, sides[1])
+        return self.shape[-1] if self.layout == "tokens" else math.prod(self.shape)
+
+    @property
+    def channels(self) -> int:
+        """The axis on which a layer's outputs lie."""
+        return self.shape[0] if self.layout == "map" else self.shape[-1]
 
     def pooled(self, h: Tensor, grid: int) -> Tensor:
         """Features for a read-out: maps averaged to at most grid x grid, tokens to their mean.

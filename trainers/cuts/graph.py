@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from converter.attention import FactoredAttention
 from converter.errors import StiefelError
 from converter.factors import Factored, FactoredWeight
 
-ATTENTION = (nn.MultiheadAttention,)
+ATTENTION = (nn.MultiheadAttention, FactoredAttention)
 WEIGHTED = (Factored, nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRACE_ADVICE = "name the submodules that are to be its blocks, by glob, under `blocks`"
 

@@ -52,17 +52,18 @@ class NamedCuts:
         visit(last, held.pop(), logits)
         return logits.detach()
 
-    def walk(self, x: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    def walk(self, x: Tensor) -> Iterator[tuple[tuple[Tensor, ...], Tensor | None]]:
         """See `Cuts.walk`; a network that cannot be traced runs whole, so all roots are kept."""
         kept: list[tuple[Tensor, ...]] = []
 
         def leave(index: int, output: Any) -> Any:
-            kept.append(tuple(t.detach() for t in _roots(output)))
-            return output
+            kept.append(_roots(output))
+            return tree_map_only(Tensor, Tensor.detach, output)
 
         with self._hooked(leave):
-            self._network(x)
-        yield from kept
+            logits = _first(self._network(x))
+        for index, roots in enumerate(kept):
+            yield roots, logits if index == len(kept) - 1 else None
 
     @contextmanager
     def _hooked(self, leave) -> Iterator[None]:

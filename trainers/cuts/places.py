@@ -1,10 +1,10 @@
 """Where to cut a traced network: between residual units, or after every layer."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from trainers.cuts.blocks import CutSettings
 from trainers.cuts.graph import Traced, body, live_nodes, weighted_layers
@@ -44,32 +44,36 @@ def choose_segments(traced: Traced, settings: CutSettings) -> list[Segment]:
     if len(stops) > 2 and places.count(stops[-2], stops[-1]) == 1:
         # The output head alone would train on features that nothing shapes for it.
         hidden = stops.pop(-2)
-    return [
-        Segment(
-            start,
-            end,
-            _block_name(places.names(start, hidden if end == len(places) and hidden else end)),
-            places.names(start, end),
-            hidden if end == len(places) else None,
-        )
-        for start, end in pairwise(stops)
+    shaping = [*stops[:-1], hidden or stops[-1]]
+    names = _block_names([places.names(start, end) for start, end in pairwise(shaping)])
+    blocks = [
+        Segment(start, end, name, places.names(start, end))
+        for (start, end), name in zip(pairwise(stops), names, strict=True)
     ]
+    return [*blocks[:-1], replace(blocks[-1], hidden=hidden)]
 
 
-def _block_name(layers: tuple[str, ...]) -> str:
-    """The layers' common module, or the first and last layer's names."""
-    paths = [layer.split(".") for layer in layers]
-    if not paths:
-        return "network"
+def _block_names(blocks: list[tuple[str, ...]]) -> list[str]:
+    """Each block's innermost common module, or its first and last layers where others share it."""
+    everything = [layer for layers in blocks for layer in layers]
+    names = []
+    for layers in blocks:
+        shared = _common_module(layers)
+        within = [layer for layer in everything if f"{layer}.".startswith(f"{shared}.")]
+        ends = layers[0] if layers else "network"
+        ends = f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else ends
+        names.append(shared if shared and len(within) == len(layers) else ends)
+    return names
+
+
+def _common_module(layers: tuple[str, ...]) -> str:
+    """The longest dotted prefix of all the names."""
     shared = []
-    for parts in zip(*paths, strict=False):
+    for parts in zip(*(layer.split(".") for layer in layers), strict=False):
         if len(set(parts)) > 1:
             break
         shared.append(parts[0])
-    # The common module of unlike units ("layer1", "features") would say too little.
-    if len(layers) == 1 or len(shared) >= len(paths[0]) - 1 > 0:
-        return ".".join(shared)
-    return f"{layers[0]}-{layers[-1]}"
+    return ".".join(shared)
 
 
 def _is_float(value: object) -> bool:
@@ -87,16 +91,35 @@ def _can_cut(values: list[object]) -> bool:
     return True
 
 
+def _weighted(node: fx.Node, traced: Traced) -> int:
+    """How many layers that mix channels this node runs."""
+    if node.op == "call_module":
+        return weighted_layers(traced.module.get_submodule(node.target))
+    # A function that takes layers' weights, as Swin's attention does, counts as one layer.
+    return int(bool(_weights(node)))
+
+
+def _weights(node: fx.Node) -> list[str]:
+    """Names of the weights of layers that a function takes as arguments."""
+    if node.op != "call_function":
+        return []
+    names = [str(n.target) for n in node.all_input_nodes if n.op == "get_attr"]
+    return [name for name in names if name.endswith(".weight")]
+
+
+def _layer_name(node: fx.Node) -> str:
+    if node.op == "call_module":
+        return str(node.target)
+    return _common_module(tuple(name.removesuffix(".weight") for name in _weights(node)))
+
+
 class _Places:
     """What each place of the graph offers for cutting."""
 
     def __init__(self, traced: Traced) -> None:
         self.nodes = body(traced.graph)
         self.values = traced.values
-        modules = dict(traced.module.named_modules())
-        self.layers = [
-            weighted_layers(modules[n.target]) if n.op == "call_module" else 0 for n in self.nodes
-        ]
+        self.layers = [_weighted(node, traced) for node in self.nodes]
         live = live_nodes(traced.graph)
         self.width = [sum(_is_float(self.values[n]) for n in now) for now in live]
         self.able = [_can_cut([self.values[n] for n in now]) for now in live]
@@ -110,7 +133,8 @@ class _Places:
 
     def names(self, start: int, end: int) -> tuple[str, ...]:
         """Names of the weighted layers in start..end-1."""
-        return tuple(str(self.nodes[i].target) for i in range(start, end) if self.layers[i])
+        names = [_layer_name(self.nodes[i]) for i in range(start, end) if self.layers[i]]
+        return tuple(dict.fromkeys(names))
 
     def follows(self, place: int) -> bool:
         """Whether the node finishes what the node before it began: a norm, activation, addition."""

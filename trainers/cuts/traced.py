@@ -61,19 +61,14 @@ class TracedCuts:
     def run(self, x: Tensor, visit: Visit) -> Tensor:
         """See `Cuts.run`."""
         logits = x
-        for index, (roots, output) in enumerate(self._blocks(x)):
+        for index, (roots, output) in enumerate(self.walk(x)):
             visit(index, roots, output)
             if output is not None:
                 logits = output.detach()
         return logits
 
-    def walk(self, x: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    def walk(self, x: Tensor) -> Iterator[tuple[tuple[Tensor, ...], Tensor | None]]:
         """See `Cuts.walk`."""
-        for roots, _ in self._blocks(x):
-            yield tuple(root.detach() for root in roots)
-
-    def _blocks(self, x: Tensor) -> Iterator[tuple[tuple[Tensor, ...], Tensor | None]]:
-        """Yield each block's roots, and the logits at the last, with their graph."""
         environment = {self._parts[0].given[0]: x}
         for part in self._parts:
             given = [environment[name] for name in part.given]
@@ -140,6 +135,8 @@ def _split(
         else:
             rooted = [n for n in passed if _is_float(traced.values[n])]
         made = list(dict.fromkeys([*passed, *rooted]))
+        trained = _trained(mine, traced)
+        rooted = [n for n in rooted if n in trained]
         given, graph = _subgraph(mine, fixed, made, output if last else None)
         parts.append(
             _Part(
@@ -158,6 +155,18 @@ def _split(
 
 def _is_float(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _trained(nodes: list[fx.Node], traced: Traced) -> set[fx.Node]:
+    """The nodes that depend on a parameter of this block: only they are worth a local loss."""
+    trained: set[fx.Node] = set()
+    for node in nodes:
+        owns = node.op == "call_module" and any(
+            True for _ in traced.module.get_submodule(node.target).parameters()
+        )
+        if owns or any(n in trained or n.op == "get_attr" for n in node.all_input_nodes):
+            trained.add(node)
+    return trained
 
 
 def _subgraph(

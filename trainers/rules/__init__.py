@@ -1,16 +1,18 @@
 """The learning rules behind one interface: `make_rule(SSA(...) | DFA(...) | BP(...)) -> Rule`."""
 
 from trainers.rules.bp import BP, Backpropagation
+from trainers.rules.dfa import DirectFeedback
 from trainers.rules.interface import Rule, StepResult
 from trainers.rules.settings import DFA, SSA, CutSettings
+from trainers.rules.ssa import SVDSpaceAlignment
 
 __all__ = ["BP", "DFA", "SSA", "CutSettings", "Rule", "RuleSettings", "StepResult", "make_rule"]
 
 RuleSettings = SSA | DFA | BP
 
+_RULES = {SSA: SVDSpaceAlignment, DFA: DirectFeedback, BP: Backpropagation}
+
 
 def make_rule(settings: RuleSettings) -> Rule:
     """The rule that these settings describe."""
-    if isinstance(settings, BP):
-        return Backpropagation(settings)
-    raise NotImplementedError(settings.name)
+    return _RULES[type(settings)](settings)

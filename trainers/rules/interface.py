@@ -12,9 +12,9 @@ class StepResult:
     """What one step leaves behind besides the gradients in `.grad`.
 
     Attributes:
-        loss: 0-d, detached: the sum of the local losses (the one loss for backprop), unscaled.
+        loss: 0-d, detached: cross-entropy of the network's output on this batch, for every rule.
         logits: (N, classes), detached: the network's own output on this batch.
-        per_block: block name → 0-d detached local loss; empty for backprop.
+        per_block: block name → 0-d detached local loss, unscaled; empty for backprop.
     """
 
     loss: Tensor

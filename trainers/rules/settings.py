@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from converter.errors import StiefelError
 from trainers.cuts.blocks import CutSettings
 
 
@@ -26,7 +27,9 @@ class SSA(CutSettings):
         None, ge=0, description="weight of the cross-entropy; default 1, or 0 with a teacher"
     )
     similarity: float | None = Field(
-        None, ge=0, description="weight of similarity matching; default 10, or 0 with a teacher"
+        None,
+        ge=0,
+        description="weight of similarity matching; default 10, or 0 with a teacher or global error",
     )
     distillation: float | None = Field(
         None, ge=0, description="weight of local distillation; default 1 with a teacher, else 0"
@@ -40,6 +43,27 @@ class SSA(CutSettings):
         description="with the global error: keep all block graphs until the error is known "
         "(stored), or run a second forward in constant memory (recomputed)",
     )
+
+    def resolved(self, with_teacher: bool) -> "SSA":
+        """With every coefficient a number.
+
+        Raises:
+            StiefelError: distillation is asked for and there is no teacher, or nothing trains.
+        """
+        defaults = {
+            "cross_entropy": 0.0 if with_teacher else 1.0,
+            "similarity": 0.0 if with_teacher or self.error == "global" else 10.0,
+            "distillation": 1.0 if with_teacher else 0.0,
+        }
+        missing = {k: v for k, v in defaults.items() if getattr(self, k) is None}
+        settings = self.model_copy(update=missing)
+        if settings.distillation and not with_teacher:
+            raise StiefelError("distillation needs a teacher: name the dense original's checkpoint")
+        if not (settings.cross_entropy or settings.similarity or settings.distillation):
+            raise StiefelError(
+                "cross_entropy, similarity and distillation are all 0: nothing would train"
+            )
+        return settings
 
 
 class DFA(CutSettings):

@@ -1,0 +1,62 @@
+"""Direct feedback alignment (Nøkland 2016): the output's error through dense random matrices."""
+
+import torch
+from torch import Tensor, nn
+
+from trainers.feedback import DenseFeedback
+from trainers.rules.interface import StepResult
+from trainers.rules.local import Batch, LocalState, cut_network
+from trainers.rules.passes import GLOBAL_PASSES
+from trainers.rules.settings import DFA
+
+
+class DirectFeedback:
+    """Every block but the last is sent the output's error through its own fixed dense B."""
+
+    def __init__(self, settings: DFA) -> None:
+        self.settings = settings
+
+    def init(
+        self,
+        network: nn.Module,
+        example: Tensor,
+        num_classes: int,
+        generator: torch.Generator,
+        teacher: nn.Module | None = None,
+    ) -> nn.Module:
+        """See `Rule.init`; a teacher is of no use here."""
+        cuts, _ = cut_network(network, example, self.settings)
+        feedback = [
+            [
+                DenseFeedback(root.features(self.settings.pool), num_classes, generator)
+                for root in block.roots
+            ]
+            for block in cuts.blocks[:-1]
+        ]
+        return LocalState(cuts, feedback).to(example.device)
+
+    def step(
+        self,
+        network: nn.Module,
+        state: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        *,
+        scale: float | Tensor = 1.0,
+        label_smoothing: float = 0.0,
+    ) -> StepResult:
+        """See `Rule.step`."""
+        batch = Batch(y, scale, label_smoothing)
+
+        def block_loss(
+            index: int, roots: tuple[Tensor, ...], logits: Tensor | None, error: Tensor | None
+        ) -> Tensor:
+            if logits is not None:
+                return batch.cross_entropy(logits)
+            places = zip(state.cuts.blocks[index].roots, roots, state.feedback[index], strict=True)
+            return sum(
+                feedback.global_loss(root.pooled(h, self.settings.pool), error, y)
+                for root, h, feedback in places
+            )
+
+        return GLOBAL_PASSES[self.settings.storage](network, state.cuts, x, batch, block_loss)

@@ -1,0 +1,72 @@
+"""The feedback matrices of SVD-space alignment, one for each root of each block but the last."""
+
+import torch
+from torch import Tensor, nn
+
+from converter.decompose import Factors
+from trainers.cuts import Cuts, Root
+from trainers.cuts.graph import in_mode
+from trainers.feedback import KolenPollack, StructuredFeedback, fitted_factors, random_factors
+from trainers.rules.local import block_rank
+from trainers.rules.settings import SSA
+
+
+def draw_feedback(
+    settings: SSA,
+    network: nn.Module,
+    cuts: Cuts,
+    example: Tensor,
+    num_classes: int,
+    generator: torch.Generator,
+) -> list[list[nn.Module]]:
+    """Modules with `local_loss`, `global_loss` and `back`; an empty list for the last block.
+
+    The rank is the layer's, at most the number of classes. The output head is the last block's
+    read-out, so it needs no other.
+    """
+    fitted = iter(_fit(settings, network, cuts, example, num_classes))
+
+    def one(root: Root, rank: int) -> nn.Module:
+        features = root.features(settings.pool)
+        if settings.feedback == "calibrated":
+            factors, bias = next(fitted)
+            return StructuredFeedback(Factors(*_cut(factors, rank)), bias, learned=False)
+        bias = torch.zeros(num_classes)
+        factors = random_factors(features, num_classes, rank, generator)
+        if settings.feedback != "kolen-pollack":
+            return StructuredFeedback(factors, bias, learned=settings.feedback == "learned")
+        sent = StructuredFeedback(factors, bias, learned=True)
+        if settings.error == "global":
+            return KolenPollack(sent)
+        other = random_factors(features, num_classes, rank, generator)
+        return KolenPollack(sent, StructuredFeedback(other, bias, learned=True))
+
+    blocks = [
+        [one(root, block_rank(network, block)) for root in block.roots]
+        for block in cuts.blocks[:-1]
+    ]
+    return [*blocks, []]
+
+
+def _fit(
+    settings: SSA, network: nn.Module, cuts: Cuts, example: Tensor, num_classes: int
+) -> list[tuple[Factors, Tensor]]:
+    """Regress the network's own logits on each root's features, over the example."""
+    if settings.feedback != "calibrated":
+        return []
+    features: list[Tensor] = []
+
+    def visit(index: int, roots: tuple[Tensor, ...], logits: Tensor | None) -> None:
+        if logits is None:
+            metas = cuts.blocks[index].roots
+            features.extend(
+                root.pooled(h, settings.pool) for root, h in zip(metas, roots, strict=True)
+            )
+
+    with in_mode(network, False), torch.no_grad():
+        logits = cuts.run(example, visit)
+    return [fitted_factors(z.cpu(), logits.cpu(), num_classes) for z in features]
+
+
+def _cut(factors: Factors, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    return factors.U[:, :rank], factors.S[:rank], factors.V[:, :rank]

@@ -1,0 +1,89 @@
+"""What the local rules share: their state, and how a block's loss is sent back."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from converter.errors import StiefelError
+from converter.factors import Factored
+from trainers.cuts import Block, Cuts, CutSettings, cut, cut_alike
+from trainers.losses import cross_entropy
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a step knows of its batch besides the images; see `Rule.step`."""
+
+    y: Tensor
+    scale: float | Tensor
+    label_smoothing: float
+
+    def cross_entropy(self, logits: Tensor) -> Tensor:
+        """Of logits (N, C), 0-d."""
+        return cross_entropy(logits, self.y, self.label_smoothing)
+
+
+class LocalState(nn.Module):
+    """A local rule's state: where the network is cut, and the feedback of each block's roots.
+
+    Attributes:
+        cuts: the network's blocks; not a part of the state_dict, `init` finds the same again.
+        teacher: the dense original, cut alike, or None.
+        feedback: one list of modules a block, one module a root.
+    """
+
+    def __init__(
+        self, cuts: Cuts, feedback: list[list[nn.Module]], teacher: Cuts | None = None
+    ) -> None:
+        super().__init__()
+        self.cuts = cuts
+        self.teacher = teacher
+        self.feedback = nn.ModuleList(nn.ModuleList(modules) for modules in feedback)
+
+    def teach(self, x: Tensor) -> Iterator[tuple[tuple[Tensor, ...], Tensor | None]]:
+        """Run the teacher one block for each `next`, without gradients: roots, and last logits."""
+        walk = self.teacher.walk(x)
+        while True:
+            # The mode is a thread's, not a generator's: it must not outlast one step of the walk.
+            with torch.no_grad():
+                yielded = next(walk, None)
+            if yielded is None:
+                return
+            yield yielded
+
+
+def cut_network(
+    network: nn.Module,
+    example: Tensor,
+    settings: CutSettings,
+    teacher: nn.Module | None = None,
+) -> tuple[Cuts, Cuts | None]:
+    """Cut the network, and its teacher in the same places; the teacher is put in eval mode."""
+    cuts = cut(network, example, settings)
+    if teacher is None:
+        return cuts, None
+    if teacher is network:
+        raise StiefelError("the teacher is the network itself: give the dense original")
+    teacher.eval().to(example.device)
+    return cuts, cut_alike(cuts, teacher, example, settings)
+
+
+def block_rank(network: nn.Module, block: Block) -> int:
+    """Rank of the block's last weighted layer that is factored; full rank where none is."""
+    modules = [network.get_submodule(name) for name in block.layers]
+    factored = [m for module in modules for m in module.modules() if isinstance(m, Factored)]
+    if factored:
+        return factored[-1].rank
+    weights = [p for module in modules for p in module.parameters() if p.ndim > 1]
+    return min(weights[-1].flatten(1).shape) if weights else 1
+
+
+def backward(loss: Tensor, scale: float | Tensor) -> None:
+    """Accumulate `loss · scale` into `.grad`, outside autocast; or nothing, if it has no graph."""
+    if not loss.requires_grad:
+        return
+    device = loss.device.type
+    with torch.autocast(device, enabled=False):
+        (loss * scale).backward()

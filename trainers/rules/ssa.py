@@ -1,0 +1,174 @@
+"""SVD-space alignment: local losses, and feedback in the weights' own structure.
+
+The composite loss of a block is a sum, each term with its coefficient: the error (of the block's
+own read-out, or of the output, sent through B), similarity matching, local distillation, alignment
+of U with the feedback's subspace, orthogonality, the cosine term and Hoyer sparsity.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from converter.factors import Factored
+from trainers import losses
+from trainers.cuts import Cuts, Root
+from trainers.feedback import channel_directions, kernel_directions
+from trainers.rules.draw import draw_feedback
+from trainers.rules.interface import StepResult
+from trainers.rules.local import Batch, LocalState, cut_network
+from trainers.rules.passes import GLOBAL_PASSES, immediate_pass
+from trainers.rules.settings import SSA
+
+
+class SVDSpaceAlignment:
+    """Each block trains on its own composite loss."""
+
+    def __init__(self, settings: SSA) -> None:
+        self.settings = settings
+
+    def init(
+        self,
+        network: nn.Module,
+        example: Tensor,
+        num_classes: int,
+        generator: torch.Generator,
+        teacher: nn.Module | None = None,
+    ) -> nn.Module:
+        """See `Rule.init`."""
+        settings = self.settings.resolved(with_teacher=teacher is not None)
+        cuts, taught = cut_network(network, example, settings, teacher)
+        feedback = draw_feedback(settings, network, cuts, example, num_classes, generator)
+        taught = taught if settings.distillation else None
+        state = SSAState(settings, cuts, feedback, num_classes, taught)
+        return state.to(example.device)
+
+    def step(
+        self,
+        network: nn.Module,
+        state: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        *,
+        scale: float | Tensor = 1.0,
+        label_smoothing: float = 0.0,
+    ) -> StepResult:
+        """See `Rule.step`."""
+        batch = Batch(y, scale, label_smoothing)
+        layerwise = state.settings.error == "layerwise"
+        run = immediate_pass if layerwise else GLOBAL_PASSES[state.settings.storage]
+        return run(network, state.cuts, x, batch, _Composite(state, x, batch))
+
+
+class SSAState(LocalState):
+    """Adds the settings with every coefficient resolved, and what U is aligned with.
+
+    Attributes:
+        settings: no coefficient is None any more.
+        factored: each block's factored layers.
+    """
+
+    def __init__(
+        self,
+        settings: SSA,
+        cuts: Cuts,
+        feedback: list[list[nn.Module]],
+        num_classes: int,
+        teacher: Cuts | None,
+    ) -> None:
+        super().__init__(cuts, feedback, teacher)
+        self.settings = settings
+        self.num_classes = num_classes
+        self.factored = tuple(
+            tuple(m for m in block.module.modules() if isinstance(m, Factored))
+            for block in cuts.blocks
+        )
+        for index, modules in enumerate(feedback[:-1] if settings.alpha else []):
+            for root, module in zip(cuts.blocks[index].roots, modules, strict=True):
+                self._aim(index, root, module)
+
+    def directions(self, index: int) -> Tensor | None:
+        """P (m, k) of `losses.alignment` for the block's last factored layer, if they fit."""
+        return getattr(self, f"directions_{index}", None)
+
+    def _aim(self, index: int, root: Root, feedback: nn.Module) -> None:
+        if not self.factored[index]:
+            return
+        U = self.factored[index][-1].U
+        if U.ndim == 2 and U.shape[0] % root.channels == 0:
+            B_U = feedback.subspace.detach()
+            channels = channel_directions(B_U, root.channels, U.shape[1])
+            P = kernel_directions(channels, U.shape[0])
+            self.register_buffer(f"directions_{index}", P)
+
+
+class _Composite:
+    """The composite losses of one step: a `passes.BlockLoss`."""
+
+    def __init__(self, state: SSAState, x: Tensor, batch: Batch) -> None:
+        self.state, self.batch = state, batch
+        self.taught = state.teach(x) if state.teacher is not None else None
+        self._similar: Tensor | None = None
+
+    def __call__(
+        self, index: int, roots: tuple[Tensor, ...], logits: Tensor | None, error: Tensor | None
+    ) -> Tensor:
+        settings = self.state.settings
+        terms = list(self._on_roots(index, roots, error))
+        if logits is not None:
+            terms.append(self.batch.cross_entropy(logits))
+        if self.taught is not None:
+            wanted, _ = next(self.taught)
+            pairs = [*zip(roots, wanted, strict=True)]
+            terms += [settings.distillation * losses.distillation(h, t) for h, t in pairs]
+        terms += self._on_factors(index)
+        return sum(terms)
+
+    def _on_roots(
+        self, index: int, roots: tuple[Tensor, ...], error: Tensor | None
+    ) -> Iterator[Tensor]:
+        settings, batch = self.state.settings, self.batch
+        if not (settings.cross_entropy or settings.similarity or settings.cosine):
+            return
+        metas, modules = self.state.cuts.blocks[index].roots, self.state.feedback[index]
+        for place, (root, h) in enumerate(zip(metas, roots, strict=True)):
+            z = root.pooled(h, settings.pool)
+            # The last block's read-out is the output head, so it has no feedback of its own.
+            feedback = modules[place] if len(modules) else None
+            if settings.cross_entropy and feedback is not None:
+                rest = (batch.y, batch.label_smoothing)
+                term = (
+                    feedback.local_loss(z, *rest)
+                    if error is None
+                    else feedback.global_loss(z, error, *rest)
+                )
+                yield settings.cross_entropy * term
+            if settings.similarity:
+                yield settings.similarity * losses.similarity_matching(z, self._similarity())
+            if settings.cosine and feedback is not None:
+                yield settings.cosine * losses.cosine(z, feedback.back(self._targets()))
+
+    def _on_factors(self, index: int) -> list[Tensor]:
+        settings = self.state.settings
+        layers = self.state.factored[index]
+        terms = []
+        if settings.alpha and (P := self.state.directions(index)) is not None:
+            terms.append(settings.alpha * losses.alignment(layers[-1].U, P))
+        for layer in layers:
+            if settings.beta:
+                penalty = losses.orthogonality(layer.U) + losses.orthogonality(layer.V)
+                terms.append(settings.beta * penalty)
+            if settings.hoyer:
+                terms.append(settings.hoyer * losses.hoyer(layer.S))
+        return terms
+
+    def _targets(self) -> Tensor:
+        """One-hot labels (N, C), smoothed."""
+        batch = self.batch
+        return losses.probabilities(batch.y, self.state.num_classes, batch.label_smoothing)
+
+    def _similarity(self) -> Tensor:
+        """Y Yᵀ (N, N), made once a step."""
+        if self._similar is None:
+            self._similar = losses.similarity_target(self.batch.y, self.state.num_classes)
+        return self._similar
