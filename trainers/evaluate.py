@@ -1,0 +1,112 @@
+"""How well a model classifies a data set."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from converter.errors import StiefelError
+from trainers.image_set import ImageSet, Item, batches
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Accuracy (0..1), mean cross-entropy, and the number of images they were measured on."""
+
+    accuracy: float
+    loss: float
+    images: int
+
+
+def evaluate(
+    model: nn.Module,
+    dataset: Dataset[Item],
+    *,
+    batch_size: int = 256,
+    device: str | torch.device | None = None,
+    precision: Precision = "fp32",
+    workers: int | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Evaluation:
+    """Measure the model on the data, without augmentation, in eval mode and without gradients.
+
+    Args:
+        model: gives logits (N, K); every module's training mode is restored after.
+        device: where to run; the model stays there. None: where it is. "auto": CUDA if there.
+        precision: bf16 and fp16 run under autocast; the loss is float32 regardless.
+        workers: processes that read large images ahead; chosen by the machine if None.
+        progress: called with ("evaluate", images done, images in all).
+
+    Raises:
+        StiefelError: there are no images, no such device, or labels that the model lacks.
+    """
+    total = len(dataset)  # type: ignore[arg-type]
+    if total == 0:
+        raise StiefelError("nothing to evaluate on: the data set is empty")
+    if isinstance(dataset, ImageSet):
+        dataset = dataset.plain()
+    parameter = next(model.parameters(), torch.zeros(0))
+    if device is not None:
+        model.to(device := _device(device))
+    else:
+        device = parameter.device
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    correct = loss = torch.zeros((), device=device, dtype=torch.float64)
+    done = 0
+    pin = device.type == "cuda"
+    try:
+        with torch.no_grad(), _autocast(device, precision):
+            for x, y in batches(dataset, batch_size, workers=workers, pin_memory=pin):
+                x = x.to(device, parameter.dtype, non_blocking=True)
+                logits = _logits(model(x), y)
+                y = y.to(device, non_blocking=True)
+                loss = loss + F.cross_entropy(logits, y, reduction="sum").double()
+                correct = correct + (logits.argmax(1) == y).sum()
+                done += len(y)
+                if progress:
+                    progress("evaluate", done, total)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    return Evaluation(correct.item() / total, loss.item() / total, total)
+
+
+def _logits(output: object, labels: Tensor) -> Tensor:
+    """The model's output as float32 logits (N, K) that the labels (N,) fit."""
+    if not isinstance(output, Tensor) or output.dim() != 2:
+        what = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise StiefelError(
+            f"the model is no classifier: it returns {what}, not logits (N, classes)"
+        )
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= output.shape[1]:
+        raise StiefelError(
+            f"the data has a label {low if low < 0 else high}, the model tells "
+            f"{output.shape[1]} classes apart (0 to {output.shape[1] - 1})"
+        )
+    return output.float()
+
+
+def _device(name: str | torch.device) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise StiefelError("there is no CUDA device here; use device cpu")
+    return device
+
+
+def _autocast(device: torch.device, precision: str) -> torch.autocast | nullcontext:
+    kinds = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if precision not in kinds:
+        raise StiefelError(f"unknown precision '{precision}'; there are {', '.join(kinds)}")
+    kind = kinds[precision]
+    return nullcontext() if kind is None else torch.autocast(device.type, dtype=kind)
