@@ -13,8 +13,8 @@ algorithm 4.4).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,6 +47,30 @@ class Factors(NamedTuple):
         """The first `rank` directions."""
         return Factors(self.U[..., :rank], self.S[..., :rank], self.V[..., :rank])
 
+    # Enough of a matrix's manners for a Spectrum to project the product without forming it.
+
+    @property
+    def mT(self) -> Factors:  # noqa: N802
+        """The factors of the transpose."""
+        return Factors(self.V, self.S, self.U)
+
+    @property
+    def shape(self) -> torch.Size:
+        """(m, n) or (G, m, n)."""
+        return torch.Size((*self.U.shape[:-1], self.V.shape[-2]))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of all three."""
+        return self.U.dtype
+
+    def to(self, *args: Any, **kwargs: Any) -> Factors:
+        """As Tensor.to, of all three."""
+        return Factors(*(t.to(*args, **kwargs) for t in self))
+
+    def __matmul__(self, other: Tensor) -> Tensor:
+        return self.U @ (self.S.unsqueeze(-1) * (self.V.mT @ other))
+
 
 @dataclass(frozen=True)
 class Spectrum:
@@ -54,10 +78,11 @@ class Spectrum:
 
     Attributes:
         values: (k,) or (G, k), descending; of W, or of W C^{1/2} where it was whitened. float64.
-        basis: (m, k) left or, where `right`, (n, k) right singular vectors, in W's dtype.
+        basis: (m, k) left or, where `right`, (n, k) right singular vectors; float32 or float64.
         energy: the squared Frobenius norm over all singular values, also those left out.
         right: which side the basis spans.
         whitened: whether the values are those of W C^{1/2}.
+        origin: a fingerprint of W, to tell whether the spectrum is still W's.
     """
 
     values: Tensor
@@ -65,6 +90,11 @@ class Spectrum:
     energy: float
     right: bool = False
     whitened: bool = False
+    origin: tuple[float, ...] = ()
+
+    def reaches(self, W: Tensor | Factors, rank: int) -> bool:
+        """Whether this is the spectrum of the very same W, and goes as far as `rank`."""
+        return rank <= self.values.shape[-1] and self.origin == fingerprint(W)
 
     def error(self, rank: int) -> float:
         """Relative Frobenius error ‖W − W_r‖ / ‖W‖ (of W C^{1/2} where whitened), 0 to 1."""
@@ -79,31 +109,38 @@ class Spectrum:
         # Differences of sums that round to nothing are nothing.
         return torch.where(tail < 1e-12, 0.0, tail).sqrt()
 
-    def factors(self, W: Tensor, rank: int) -> Factors:
+    def factors(self, W: Tensor | Factors, rank: int) -> Factors:
         """Project W (m, n) on the first `rank` directions: the factors in W's dtype.
 
         In exact arithmetic the product is U_r U_rᵀ W: the best rank-r approximation of W in the
         Frobenius norm, or in the norm ‖(W − W_r) C^{1/2}‖ when whitened.
         """
         basis = self.basis[..., :rank]
-        other = (W if self.right else W.mT) @ basis
+        wide = W.to(basis.dtype)
+        other = (wide if self.right else wide.mT) @ basis
         if self.whitened:
-            return _reduce(basis, other)
+            return _reduce(basis, other).to(W.dtype)
         # The columns of `other` are orthogonal already; QR removes the rounding of small ones.
         Q, R = torch.linalg.qr(other)
         S = R.diagonal(dim1=-2, dim2=-1)
         Q = Q * torch.where(S < 0, -1.0, 1.0).unsqueeze(-2).to(Q.dtype)
         U, V = (Q, basis) if self.right else (basis, Q)
-        return Factors(U, S.abs(), V)
+        return Factors(U, S.abs(), V).to(W.dtype)
+
+    def to(self, device: torch.device) -> Spectrum:
+        """The same on another device."""
+        return replace(self, values=self.values.to(device), basis=self.basis.to(device))
 
 
 def decompose(
-    W: Tensor,
+    W: Tensor | Factors,
     rank: int,
     second_moment: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Factors:
     """The rank-`rank` factors of W (m, n) or (G, m, n), in W's dtype and on its device.
+
+    W may itself be given as factors, to be lowered in rank without being multiplied out.
 
     Exact, or randomised where the rank is small against a large matrix. With `second_moment`
     C = E[x xᵀ] (n, n) or (G, n, n), truncated in the norm ‖(W − W_r) C^{1/2}‖_F.
@@ -115,7 +152,7 @@ def decompose(
 
 
 def spectrum(
-    W: Tensor,
+    W: Tensor | Factors,
     rank: int | None = None,
     second_moment: Tensor | None = None,
     generator: torch.Generator | None = None,
@@ -123,23 +160,35 @@ def spectrum(
     """The spectrum of W: whole, or when `rank` is given perhaps only that many directions."""
     full = min(W.shape[-2:])
     _check(W, full if rank is None else rank)
-    if second_moment is not None:
-        return _whitened_spectrum(W, second_moment)
-    if rank is not None and full >= EXACT_BELOW and rank < RANDOMISED_BELOW * full:
-        return _randomised_spectrum(W, rank, generator)
-    return _exact_spectrum(W)
+    origin, W = fingerprint(W), W.to(_working(W.dtype))
+    if isinstance(W, Factors):
+        found = _inner_spectrum(W, second_moment)
+    elif second_moment is not None:
+        found = _whitened_spectrum(W, second_moment)
+    elif rank is not None and full >= EXACT_BELOW and rank < RANDOMISED_BELOW * full:
+        found = _randomised_spectrum(W, rank, generator)
+    else:
+        found = _exact_spectrum(W)
+    return replace(found, origin=origin)
+
+
+def fingerprint(W: Tensor | Factors) -> tuple[float, ...]:
+    """A few sums that change when W does; the same device gives the same."""
+    tensors = W if isinstance(W, Factors) else (W,)
+    sums = [(t.norm(dtype=torch.float64), t.double().sum(), t[..., :1].norm()) for t in tensors]
+    return tuple(float(value) for three in sums for value in three)
 
 
 def truncated(W: Tensor, rank: int) -> Factors:
     """The best rank-`rank` approximation of W (m, n) or (G, m, n) in the Frobenius norm."""
     _check(W, rank)
-    return _exact_spectrum(W).factors(W, rank)
+    return _exact_spectrum(W.to(_working(W.dtype))).factors(W, rank)
 
 
 def randomised(W: Tensor, rank: int, generator: torch.Generator | None = None) -> Factors:
     """A near-best rank-`rank` approximation of W, in time proportional to m·n·rank."""
     _check(W, rank)
-    return _randomised_spectrum(W, rank, generator).factors(W, rank)
+    return _randomised_spectrum(W.to(_working(W.dtype)), rank, generator).factors(W, rank)
 
 
 def whitened(W: Tensor, second_moment: Tensor, rank: int) -> Factors:
@@ -148,33 +197,18 @@ def whitened(W: Tensor, second_moment: Tensor, rank: int) -> Factors:
     U_r are the leading left singular vectors of W C^{1/2}; no inverse of C is needed.
     """
     _check(W, rank)
-    return _whitened_spectrum(W, second_moment).factors(W, rank)
+    return _whitened_spectrum(W.to(_working(W.dtype)), second_moment).factors(W, rank)
 
 
 def singular_values(W: Tensor, second_moment: Tensor | None = None) -> Tensor:
     """All singular values of W, or of W C^{1/2}, descending, float64 (k,) or (G, k)."""
     _check(W, 1)
     if second_moment is not None:
-        return _whitened_spectrum(W, second_moment).values
+        return _whitened_spectrum(W.to(_working(W.dtype)), second_moment).values
     if W.dtype == torch.float64:
         return torch.linalg.svdvals(W)
     short = _short(W).double()
     return torch.linalg.eigvalsh(short @ short.mT).clamp(min=0).sqrt().flip(-1)
-
-
-def refactor(factors: Factors, rank: int, second_moment: Tensor | None = None) -> Factors:
-    """Lower-rank factors of U diag(S) Vᵀ from the factors alone, W never formed.
-
-    U and V need not be orthonormal: with QR of both, only an r×r core is decomposed.
-    """
-    Q, R = torch.linalg.qr(factors.U * factors.S.unsqueeze(-2))
-    if second_moment is not None:
-        # W = Q (R Vᵀ), so whitening acts on the thin (r, n) matrix R Vᵀ.
-        inner = whitened(R @ factors.V.mT, second_moment, rank)
-        return Factors(Q @ inner.U, inner.S, inner.V)
-    P, T = torch.linalg.qr(factors.V)
-    core = truncated(R @ T.mT, rank)
-    return Factors(Q @ core.U, core.S, P @ core.V)
 
 
 def square_root(second_moment: Tensor) -> Tensor:
@@ -190,8 +224,13 @@ def _check(W: Tensor, rank: int) -> None:
             f"rank {rank} is not possible for a {W.shape[-2]}×{W.shape[-1]} matrix: "
             f"choose 1 to {full}"
         )
-    if not torch.isfinite(W).all():
+    if not all(torch.isfinite(t).all() for t in (W if isinstance(W, Factors) else (W,))):
         raise StiefelError("a weight holds NaN or infinity and cannot be factored")
+
+
+def _working(dtype: torch.dtype) -> torch.dtype:
+    """Half precision is decomposed in float32."""
+    return dtype if dtype == torch.float64 else torch.float32
 
 
 def _short(W: Tensor) -> Tensor:
@@ -209,6 +248,16 @@ def _exact_spectrum(W: Tensor) -> Spectrum:
     return Spectrum(values, basis.to(W.dtype), float(values.square().sum()), right)
 
 
+def _inner_spectrum(factors: Factors, second_moment: Tensor | None) -> Spectrum:
+    """The spectrum of U diag(S) Vᵀ, whose U and V need not be orthonormal: that of an r×r core."""
+    Q, R = torch.linalg.qr(factors.U * factors.S.unsqueeze(-2))
+    if second_moment is not None:
+        inner = _whitened_spectrum(R @ factors.V.mT, second_moment)
+    else:
+        inner = _exact_spectrum(R @ torch.linalg.qr(factors.V).R.mT)
+    return replace(inner, basis=Q @ inner.basis)
+
+
 def _gram_basis(short: Tensor) -> tuple[Tensor, Tensor]:
     """Left singular vectors and values of a wide matrix, from the eigenvectors of its Gram."""
     short = short.double()
@@ -219,8 +268,6 @@ def _gram_basis(short: Tensor) -> tuple[Tensor, Tensor]:
 def _randomised_spectrum(W: Tensor, rank: int, generator: torch.Generator | None) -> Spectrum:
     right = W.shape[-2] > W.shape[-1]
     short = _short(W)
-    if short.dtype not in (torch.float32, torch.float64):
-        short = short.float()
     # A fixed seed: the same weights always give the same factors.
     generator = generator or torch.Generator(W.device).manual_seed(0)
     width = min(rank + OVERSAMPLING, short.shape[-2])

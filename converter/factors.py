@@ -7,6 +7,7 @@ U (G, m, r), S (G, r), V (G, n, r).
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -126,6 +127,20 @@ class Factored(nn.Module):
             old = getattr(self, name)
             new = nn.Parameter(old.index_select(-1, keep), requires_grad=old.requires_grad)
             setattr(self, name, new)
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of the dense layer's weight."""
+        return self.matrix_shape
+
+    def with_factors(self, factors: Factors) -> Factored:
+        """A layer like this one, bias shared, on other factors."""
+        new = copy.copy(self)
+        new._parameters = dict(self._parameters)
+        for name, tensor in zip(("U", "S", "V"), factors, strict=True):
+            old = self._parameters[name]
+            new._parameters[name] = _parameter(tensor).requires_grad_(old.requires_grad)
+        return new
 
     @torch.no_grad()
     def dense(self) -> nn.Module:

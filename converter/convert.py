@@ -1,0 +1,94 @@
+"""convert(model, plan) → a factored copy of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from converter.decompose import Factors
+from converter.errors import StiefelError, did_you_mean
+from converter.layers import Layer, closed, find_layers, install, prepared
+from converter.planning import Progress, layer_spectrum, plan
+from converter.ranks import LayerPlan, RankPlan, check_rank
+
+__all__ = ["check_plan", "convert", "layer_factors", "plan"]
+
+
+def convert(
+    model: nn.Module,
+    plan: RankPlan,
+    *,
+    device: str | torch.device = "cpu",
+    progress: Progress | None = None,
+) -> nn.Module:
+    """A factored copy of a model, of the same class and with the same forward signature.
+
+    Args:
+        model: the model that was planned for; it is left as it is.
+        plan: see `plan`; may have been edited, or read from JSON.
+        device: where to decompose; the result lies where the model does.
+        progress: called with (layer name, layers done, layers).
+
+    Returns:
+        The copy, in the model's training mode, with the plan as its attribute `stiefel_plan`.
+
+    Raises:
+        StiefelError: the plan is for another model, or asks for what can't be.
+    """
+    ready = prepared(model)
+    found = {layer.name: layer for layer in find_layers(ready)}
+    check_plan(plan, found)
+    new: dict[str, nn.Module] = {}
+    for done, entry in enumerate(plan.factored):
+        if progress:
+            progress(entry.name, done, len(plan.factored))
+        layer = found[entry.name]
+        if entry.tied_to is not None:
+            factors = new[entry.tied_to].factors()
+        else:
+            factors = layer_factors(layer, entry, plan, torch.device(device))
+        new[entry.name] = layer.factored(factors, entry.scheme)
+    small = closed(install(ready, new))
+    small.stiefel_plan = plan.without_spectra()
+    if progress:
+        progress("converted", len(new), len(new))
+    return small
+
+
+def layer_factors(layer: Layer, entry: LayerPlan, plan: RankPlan, device: torch.device) -> Factors:
+    """The planned factors of one layer, on the layer's own device.
+
+    Taken from the spectrum found while planning if that is of the very same weight, else found anew
+    on `device`.
+    """
+    matrix = layer.matrix(entry.scheme)
+    known = plan._spectra.get((entry.name, entry.scheme))
+    if known is None or not known.reaches(matrix, entry.rank):
+        known = layer_spectrum(layer, entry.scheme, entry.rank, device)
+    factors = known.to(device).factors(matrix.to(device), entry.rank)
+    return factors.to(layer.device)
+
+
+def check_plan(plan: RankPlan, found: Mapping[str, Layer]) -> None:
+    """Refuse a plan that was made for another model, naming the first layer that differs."""
+    for entry in plan.factored:
+        layer = found.get(entry.name)
+        if layer is None:
+            raise StiefelError(
+                f"the plan's layer '{entry.name}' is not in the model"
+                f"{did_you_mean(entry.name, found)}"
+            )
+        if layer.refusal:
+            raise StiefelError(f"{entry.name} cannot be factored: {layer.refusal}")
+        if tuple(layer.weight_shape) != tuple(entry.shape):
+            raise StiefelError(
+                f"the plan's layer '{entry.name}' has weight {tuple(entry.shape)}, the model's has "
+                f"{tuple(layer.weight_shape)}: the plan is for another model"
+            )
+        if (entry.scheme is None) != (None in layer.schemes) and not layer.is_factored:
+            raise StiefelError(f"{entry.name}: scheme {entry.scheme} does not suit a {layer.kind}")
+        if entry.tied_to != layer.tied_to:
+            raise StiefelError(f"{entry.name}: shares its weight in the model or plan only")
+        check_rank(entry.name, entry.rank, layer.highest_rank(entry.scheme))

@@ -1,0 +1,159 @@
+"""What a model costs: parameters, multiply-accumulates, and the shapes that each layer sees."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from converter import schemes
+from converter.factors import Factored, FactoredLinear
+
+_WEIGHTED = (F.linear, F.conv1d, F.conv2d, torch.conv1d, torch.conv2d)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One use of a layer's weight: shapes with the batch axis, of one image."""
+
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters of a model, a shared one once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def count_macs(model: nn.Module, example: Tensor) -> int:
+    """Multiply-accumulates of one image, by torch's flop counter (two flops each).
+
+    Args:
+        model: any model; its modes are left as found.
+        example: a batch (N, C, H, W); its first image is run.
+    """
+    with inference(model), FlopCounterMode(display=False) as counter:
+        model(example[:1])
+    return counter.get_total_flops() // 2
+
+
+def layer_calls(model: nn.Module, example: Tensor) -> dict[str, list[Call]]:
+    """Every use of each linear, convolutional or factored layer's weight in one forward pass.
+
+    Functional uses (`F.linear(x, layer.weight)`) count; layers never used are absent. Shapes are
+    those of the first image of `example` (N, C, H, W).
+    """
+    names = {}
+    for name, module in model.named_modules():
+        weight = module.U if isinstance(module, FactoredLinear) else getattr(module, "weight", None)
+        if isinstance(weight, nn.Parameter):
+            names.setdefault(id(weight), name)
+    calls: dict[str, list[Call]] = {}
+    hooks = [
+        module.register_forward_hook(_record(calls, name))
+        for name, module in model.named_modules()
+        if isinstance(module, Factored) and not isinstance(module, FactoredLinear)
+    ]
+    try:
+        with inference(model), _Recorder(names, calls):
+            model(example[:1])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls
+
+
+def layer_io(
+    model: nn.Module, example: Tensor
+) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """(input shape, output shape) of each layer's first use; see :func:`layer_calls`."""
+    return {
+        name: (calls[0].input_shape, calls[0].output_shape)
+        for name, calls in layer_calls(model, example).items()
+    }
+
+
+def dense_macs(weight_shape: Sequence[int], calls: Sequence[Call]) -> int:
+    """Multiply-accumulates of a dense layer with weight (N, C/G, *K)."""
+    return sum(_size(weight_shape) * _positions(weight_shape, call) for call in calls)
+
+
+def macs_per_rank(
+    weight_shape: Sequence[int],
+    scheme: schemes.Scheme | None,
+    groups: int,
+    calls: Sequence[Call],
+) -> int:
+    """Multiply-accumulates that one more direction adds to a factored layer."""
+    outputs, inputs, *kernel = weight_shape
+    if scheme is None:
+        return sum((outputs + inputs) * _positions(weight_shape, call) for call in calls)
+    first, second = schemes.split_kernel(kernel, scheme)
+    total = 0
+    for call in calls:
+        sizes_in = call.input_shape[-len(kernel) :]
+        sizes_out = call.output_shape[-len(kernel) :]
+        # Between the two convolutions an axis has its output size unless the second covers it.
+        between = [a if k > 1 else b for a, b, k in zip(sizes_in, sizes_out, second, strict=True)]
+        total += groups * inputs * _size(first) * _size(between)
+        total += outputs * _size(second) * _size(sizes_out)
+    return total
+
+
+@contextmanager
+def inference(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; every module's mode is put back afterwards."""
+    training = [module for module in model.modules() if module.training]
+    fused = torch.backends.mha.get_fastpath_enabled()
+    # The fused attention kernel hides its products from hooks and counters.
+    torch.backends.mha.set_fastpath_enabled(False)
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+        for module in training:
+            module.training = True
+
+
+class _Recorder(TorchFunctionMode):
+    """Notes every linear or convolution whose weight, or a slice of it, belongs to a layer."""
+
+    def __init__(self, names: dict[int, str], calls: dict[str, list[Call]]):
+        super().__init__()
+        self.names, self.calls = names, calls
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        if function in _WEIGHTED and len(args) > 1 and isinstance(args[1], Tensor):
+            weight = args[1] if id(args[1]) in self.names else args[1]._base
+            if id(weight) in self.names:
+                call = Call(tuple(args[0].shape), tuple(output.shape))
+                self.calls.setdefault(self.names[id(weight)], []).append(call)
+        return output
+
+
+def _record(calls: dict[str, list[Call]], name: str):
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        calls.setdefault(name, []).append(Call(tuple(inputs[0].shape), tuple(output.shape)))
+
+    return hook
+
+
+def _positions(weight_shape: Sequence[int], call: Call) -> int:
+    """How often the weight is applied; a slice of a packed weight counts for its share."""
+    kernel = len(weight_shape) - 2
+    if kernel:
+        return _size(call.output_shape[-kernel:])
+    return _size(call.output_shape) // weight_shape[0]
+
+
+def _size(shape: Sequence[int]) -> int:
+    return torch.Size(shape).numel()

@@ -1,0 +1,252 @@
+"""plan(model, policy) → RankPlan: what becomes of every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from converter import cost, ranks
+from converter.decompose import Spectrum, spectrum
+from converter.errors import StiefelError
+from converter.layers import Layer, find_layers, parameters_per_rank, prepared
+from converter.prices import MacPrices, ParameterPrices, Prices
+from converter.ranks import Budget, Energy, Fixed, LayerPlan, Option, Policy, RankPlan, parse_rank
+from converter.requests import Override, Request, read_requests
+
+Progress = Callable[[str, int, int], None]
+
+
+def plan(
+    model: nn.Module,
+    rank: Policy | str | int | float,
+    *,
+    scheme: str = "spatial",
+    example: Tensor | None = None,
+    layers: Mapping[str, Override] | None = None,
+    device: str | torch.device = "cpu",
+    progress: Progress | None = None,
+) -> RankPlan:
+    """Choose a scheme and a rank for every layer; the model is only read.
+
+    Args:
+        model: dense, or factored already: factored layers can only fall in rank.
+        rank: a policy, or how `parse_rank` reads one: 32, 0.25, "energy=0.95", "params=0.5", …
+        scheme: "spatial", "channel", or "auto": whichever suits each layer better.
+        example: an input batch (N, C, H, W), to count MACs by; budgets on MACs need it.
+        layers: exceptions by glob over layer names, of which the last that matches wins: "keep",
+            or a mapping with "rank" (a policy that is no budget) or "scheme" or both. A rank given
+            here is obeyed even where it saves nothing.
+        device: where to decompose.
+        progress: called with ("plan", layers done, layers).
+
+    Raises:
+        StiefelError: a policy, scheme, glob or rank that can't be, or a budget out of reach.
+    """
+    policy = parse_rank(rank)
+    ready = prepared(model, share=True)
+    found = find_layers(ready)
+    requests = read_requests(found, policy, scheme, layers or {})
+    owners = [layer for layer in found if layer.tied_to is None]
+    decompose = Decomposer(torch.device(device))
+    decisions: dict[str, Decision] = {}
+    for done, layer in enumerate(owners):
+        if progress:
+            progress("plan", done, len(owners))
+        request = requests[layer.name]
+        if request.keep is not None:
+            decisions[layer.name] = Decision(request.schemes[0], None, request.keep)
+        elif isinstance(request.policy, Budget):
+            for one in request.schemes:
+                decompose(layer, one)
+        else:
+            decisions[layer.name] = _by_policy(layer, request, decompose)
+    if isinstance(policy, Fixed):
+        _check_fixed(policy, found)
+    parameters = cost.count_parameters(ready)
+    macs = None if example is None else cost.count_macs(ready, example)
+    calls = {} if example is None else cost.layer_calls(ready, example)
+    if isinstance(policy, Budget):
+        prices = _prices(policy, parameters, macs, calls)
+        decisions |= _by_budget(policy, owners, requests, decisions, prices, decompose)
+    if progress:
+        progress("plan", len(owners), len(owners))
+    result = RankPlan(
+        layers=tuple(
+            _entry(layer, decisions[layer.tied_to or layer.name], macs, calls, decompose.known)
+            for layer in found
+        ),
+        policy=str(policy),
+        dense_parameters=parameters,
+        dense_macs=macs,
+    )
+    result._spectra.update(decompose.known)
+    return result
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of one layer; without a rank it is kept, for a reason."""
+
+    scheme: str | None
+    rank: int | None
+    reason: str | None = None
+
+
+class Decomposer:
+    """Finds spectra, and keeps them for `convert`."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.known: dict[tuple[str, str | None], Spectrum] = {}
+
+    def __call__(self, layer: Layer, scheme: str | None, rank: int | None = None) -> Spectrum:
+        """At least the first `rank` directions of one layer; all of them by default."""
+        key = (layer.name, scheme)
+        known = self.known.get(key)
+        if known is None or known.values.shape[-1] < (rank or layer.highest_rank(scheme)):
+            known = self.known[key] = layer_spectrum(layer, scheme, rank, self.device)
+        return known
+
+
+def layer_spectrum(
+    layer: Layer, scheme: str | None, rank: int | None, device: torch.device
+) -> Spectrum:
+    """The spectrum of one layer, on `device`; errors name the layer."""
+    try:
+        return spectrum(layer.matrix(scheme).to(device), rank)
+    except StiefelError as error:
+        raise StiefelError(f"{layer.name}: {error}") from None
+
+
+def _by_policy(layer: Layer, request: Request, decompose: Decomposer) -> Decision:
+    """One layer under a policy of ranks: the scheme of least tail energy + relative size."""
+    refused: Decision | None = None
+    best: tuple[float, Decision] | None = None
+    for scheme in request.schemes:
+        shape = layer.shape(scheme)
+        found = decompose(layer, scheme) if isinstance(request.policy, Energy) else None
+        rank = ranks.policy_rank(request.policy, min(shape), found)
+        if request.forced and isinstance(request.policy, Fixed):
+            ranks.check_rank(layer.name, rank, layer.highest_rank(scheme))
+        worthwhile = layer.worthwhile_rank(scheme)
+        if rank > (layer.highest_rank(scheme) if request.forced else worthwhile):
+            refused = refused or Decision(scheme, None, _not_worth(layer, rank, worthwhile))
+            continue
+        size = rank * parameters_per_rank(shape, layer.groups) / layer.weight_parameters
+        score = decompose(layer, scheme, rank).error(rank) ** 2 + size
+        if best is None or score < best[0]:
+            best = score, Decision(scheme, rank)
+    return refused if best is None else best[1]
+
+
+def _not_worth(layer: Layer, rank: int, worthwhile: int) -> str:
+    if layer.is_factored:
+        return f"already factored, at rank {layer.current_rank}"
+    if worthwhile < 1:
+        return "no rank would save parameters"
+    return f"rank {rank} would not save parameters; {worthwhile} or less would"
+
+
+def _check_fixed(policy: Fixed, layers: Sequence[Layer]) -> None:
+    """A common rank that no layer can have is a mistake; name the layer that comes nearest."""
+    highest = {
+        layer.name: max(layer.highest_rank(s) for s in layer.schemes)
+        for layer in layers
+        if layer.refusal is None
+    }
+    name = max(highest, key=highest.get, default=None)
+    if name is not None:
+        ranks.check_rank(f"{name}, the layer of highest rank", policy.rank, highest[name])
+
+
+def _prices(
+    policy: Budget, parameters: int, macs: int | None, calls: Mapping[str, Sequence[cost.Call]]
+) -> Prices:
+    return ParameterPrices(parameters) if policy.cost == "params" else MacPrices(macs, calls)
+
+
+def _by_budget(
+    policy: Budget,
+    layers: Sequence[Layer],
+    requests: Mapping[str, Request],
+    decided: Mapping[str, Decision],
+    prices: Prices,
+    decompose: Decomposer,
+) -> dict[str, Decision]:
+    """Ranks of all layers under a budget; those decided already have one option only."""
+    options = []
+    for layer in layers:
+        if layer.name in decided:
+            options.append([_only_option(layer, decided[layer.name], prices)])
+        else:
+            options.append(_options(layer, requests[layer.name], prices, decompose))
+    rest = prices.whole - sum(prices.current(layer) for layer in layers)
+    chosen = ranks.meet_budget(options, policy, prices.whole, rest)
+    return {
+        layer.name: Decision(one.scheme, one.rank, None if one.rank else _budget_reason(among))
+        for layer, one, among in zip(layers, chosen, options, strict=True)
+        if layer.name not in decided
+    }
+
+
+def _only_option(layer: Layer, decision: Decision, prices: Prices) -> Option:
+    scheme, rank = decision.scheme, decision.rank
+    price = prices.current(layer) if rank is None else prices.factored(layer, scheme, rank)
+    return Option(scheme, rank, price, 0.0)
+
+
+def _options(layer: Layer, request: Request, prices: Prices, decompose: Decomposer) -> list[Option]:
+    """Keeping the layer first, then every rank of every scheme that costs less."""
+    options = [Option(request.schemes[0], None, prices.current(layer), 0.0)]
+    for scheme in request.schemes:
+        loss = decompose(layer, scheme).errors().square()
+        for rank in prices.ranks(layer, scheme):
+            price = prices.factored(layer, scheme, rank)
+            if price < options[0].cost and rank <= len(loss):
+                options.append(Option(scheme, rank, price, float(loss[rank - 1])))
+    return options
+
+
+def _budget_reason(options: Sequence[Option]) -> str:
+    if len(options) == 1:
+        return "factoring would save nothing"
+    return "within the budget, factoring other layers loses less"
+
+
+def _entry(
+    layer: Layer,
+    decision: Decision,
+    macs: int | None,
+    calls: Mapping[str, Sequence[cost.Call]],
+    known: Mapping[tuple[str, str | None], Spectrum],
+) -> LayerPlan:
+    scheme, shape = decision.scheme, layer.weight_shape
+    can = layer.refusal is None
+    counted, per_rank = None, None
+    if macs is not None and can:
+        prices = MacPrices(macs, calls)
+        counted = prices.current(layer)
+        per_rank = prices.factored(layer, scheme, 1)
+    per_rank_parameters = parameters_per_rank(layer.shape(scheme), layer.groups) if can else 0
+    found = known.get((layer.tied_to or layer.name, scheme))
+    return LayerPlan(
+        name=layer.name,
+        kind=layer.kind,
+        scheme=scheme,
+        rank=decision.rank,
+        full_rank=min(layer.shape(scheme)) if can else 0,
+        current_rank=layer.current_rank,
+        shape=shape,
+        groups=layer.groups,
+        dense_parameters=layer.parameters - (layer.weight_parameters if layer.tied_to else 0),
+        bias_parameters=layer.bias_parameters,
+        parameters_per_rank=per_rank_parameters,
+        dense_macs=counted,
+        macs_per_rank=per_rank,
+        expected_error=ranks.spectrum_error(found, decision.rank),
+        reason=decision.reason,
+        tied_to=layer.tied_to,
+    )

@@ -1,0 +1,381 @@
+"""Rank plans, and the policies that make them.
+
+A policy says how much to keep; a plan says, for every layer, which scheme and rank that means. The
+budget policies minimise Σ over layers of relative tail energy + λ · cost, dense being one of every
+layer's options, and bisect λ until the cost meets the budget.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from pydantic import Field, PrivateAttr, computed_field, model_validator
+
+from converter.decompose import Spectrum
+from converter.errors import StiefelError, did_you_mean
+from converter.settings import Settings
+
+TOLERANCE = 0.01  # a budget is met within this fraction of the whole model's cost
+
+
+class Fixed(Settings):
+    """The same rank in every layer that it makes smaller."""
+
+    rank: int = Field(description="rank of every layer", ge=1)
+
+    def __str__(self) -> str:
+        return str(self.rank)
+
+
+class Fraction(Settings):
+    """A fraction of each layer's full rank, rounded, at least 1."""
+
+    fraction: float = Field(description="fraction of each layer's full rank", gt=0, le=1)
+
+    def __str__(self) -> str:
+        return str(self.fraction)
+
+
+class Energy(Settings):
+    """The smallest rank that keeps a fraction of each layer's energy (squared singular values)."""
+
+    energy: float = Field(description="fraction of each layer's energy to keep", gt=0, le=1)
+
+    def __str__(self) -> str:
+        return f"energy={self.energy}"
+
+
+class Budget(Settings):
+    """A fraction of the whole model's parameters, MACs or measured latency; give one of them."""
+
+    params: float | None = Field(None, description="fraction of the parameters to keep", gt=0, le=1)
+    macs: float | None = Field(None, description="fraction of the MACs to keep", gt=0, le=1)
+    latency: float | None = Field(
+        None, description="fraction of the latency, measured on this device, to keep", gt=0, le=1
+    )
+
+    @model_validator(mode="after")
+    def _one_of_three(self) -> Budget:
+        if sum(v is not None for v in (self.params, self.macs, self.latency)) != 1:
+            raise ValueError("give exactly one of params, macs, latency")
+        return self
+
+    @property
+    def cost(self) -> str:
+        """Which cost is budgeted."""
+        return next(k for k in ("params", "macs", "latency") if getattr(self, k) is not None)
+
+    @property
+    def fraction(self) -> float:
+        """How much of it to keep."""
+        return getattr(self, self.cost)
+
+    def __str__(self) -> str:
+        return f"{self.cost}={self.fraction}"
+
+
+Policy = Fixed | Fraction | Energy | Budget
+
+
+def parse_rank(text: Policy | str | int | float) -> Policy:
+    """Read a rank policy as it is written on the command line.
+
+    `32` is a rank, `0.25` a fraction of full rank, `energy=0.95` energy to keep, and `params=0.5`,
+    `macs=0.5`, `latency=0.5` are budgets of the whole model.
+
+    Raises:
+        StiefelError: the text is none of these, or its number is out of range.
+    """
+    if isinstance(text, Policy):
+        return text
+    key, _, value = str(text).strip().rpartition("=")
+    key, value = key.strip().lower(), value.strip()
+    makers = {
+        "": lambda: Fixed(rank=int(value)) if _is_integer(value) else Fraction(fraction=value),
+        "rank": lambda: Fixed(rank=value),
+        "fraction": lambda: Fraction(fraction=value),
+        "energy": lambda: Energy(energy=value),
+        **{k: lambda k=k: Budget(**{k: value}) for k in ("params", "macs", "latency")},
+    }
+    try:
+        return makers[key]()
+    except (KeyError, ValueError):
+        raise StiefelError(
+            f"rank '{text}' is not understood: give a rank of 1 or more (32), a fraction of full "
+            "rank up to 1 (0.25), energy=0.95, params=0.5, macs=0.5 or latency=0.5"
+        ) from None
+
+
+class LayerPlan(Settings):
+    """What becomes of one layer.
+
+    Edit a plan with `RankPlan.with_rank`, or the rank in its JSON: what follows from the rank is
+    computed anew.
+    """
+
+    name: str = Field(description="the layer, as in model.named_modules()")
+    kind: str = Field(description="Linear, Conv2d, ...; 'factored Conv2d' if it already was")
+    scheme: str | None = Field(None, description="spatial or channel; none for linear layers")
+    rank: int | None = Field(None, description="rank to factor to; none keeps the layer as it is")
+    full_rank: int = Field(0, description="the rank at which nothing is lost")
+    current_rank: int | None = Field(None, description="the rank of a layer that is factored")
+    shape: tuple[int, ...] = Field((), description="shape of the dense weight")
+    groups: int = Field(1, description="groups of a convolution")
+    dense_parameters: int = Field(0, description="parameters of the layer as it is")
+    bias_parameters: int = Field(0, description="of which bias")
+    parameters_per_rank: int = Field(0, description="parameters that each rank adds")
+    dense_macs: int | None = Field(None, description="MACs per image of the layer as it is")
+    macs_per_rank: int | None = Field(None, description="MACs per image that each rank adds")
+    expected_error: float | None = Field(
+        None, description="relative Frobenius error of the weight, in the norm used, 0 to 1"
+    )
+    reason: str | None = Field(None, description="why the layer is kept as it is")
+    tied_to: str | None = Field(None, description="the layer that owns the shared weight")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_computed(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            return {k: v for k, v in data.items() if k not in cls.model_computed_fields}
+        return data
+
+    @model_validator(mode="after")
+    def _possible_rank(self) -> LayerPlan:
+        check_rank(self.name, self.rank, self.highest_rank)
+        return self
+
+    @computed_field
+    @property
+    def factored_parameters(self) -> int:
+        """Parameters of the layer as planned."""
+        if self.rank is None:
+            return self.dense_parameters
+        if self.tied_to is not None:
+            return self.bias_parameters
+        return self.bias_parameters + self.rank * self.parameters_per_rank
+
+    @computed_field
+    @property
+    def factored_macs(self) -> int | None:
+        """MACs per image of the layer as planned, if they were counted."""
+        if self.rank is None or self.macs_per_rank is None:
+            return self.dense_macs
+        return self.rank * self.macs_per_rank
+
+    @property
+    def highest_rank(self) -> int:
+        """The highest rank that can be asked for."""
+        return self.full_rank if self.current_rank is None else self.current_rank
+
+
+class RankPlan(Settings):
+    """What becomes of every layer of a model: readable, serialisable, editable."""
+
+    layers: tuple[LayerPlan, ...] = Field(description="every layer with a weight, in model order")
+    policy: str = Field(description="the policy that made the plan")
+    dense_parameters: int = Field(description="parameters of the whole model as it is")
+    dense_macs: int | None = Field(None, description="MACs per image of the whole model as it is")
+
+    # Decompositions found while planning; `convert` in the same process need not repeat them.
+    _spectra: dict[tuple[str, str | None], Spectrum] = PrivateAttr(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_computed(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            return {k: v for k, v in data.items() if k not in cls.model_computed_fields}
+        return data
+
+    @computed_field
+    @property
+    def factored_parameters(self) -> int:
+        """Parameters of the whole model as planned."""
+        saved = sum(p.dense_parameters - p.factored_parameters for p in self.layers)
+        return self.dense_parameters - saved
+
+    @computed_field
+    @property
+    def factored_macs(self) -> int | None:
+        """MACs per image of the whole model as planned, if they were counted."""
+        if self.dense_macs is None:
+            return None
+        return self.dense_macs - sum(
+            (p.dense_macs or 0) - (p.factored_macs or 0) for p in self.layers
+        )
+
+    def __getitem__(self, name: str) -> LayerPlan:
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise StiefelError(f"the plan has no layer '{name}'{did_you_mean(name, self.names)}")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The layers' names."""
+        return tuple(layer.name for layer in self.layers)
+
+    @property
+    def factored(self) -> tuple[LayerPlan, ...]:
+        """The layers that will be factored, or factored further."""
+        return tuple(layer for layer in self.layers if layer.rank is not None)
+
+    def with_rank(self, name: str, rank: int | None) -> RankPlan:
+        """The plan with another rank for one layer and those tied to it; None keeps it as it is.
+
+        Raises:
+            StiefelError: no such layer, or the rank is impossible, or the layer can't be factored.
+        """
+        chosen = self[name]
+        owner = chosen.tied_to or chosen.name
+        if rank is not None and not chosen.full_rank:
+            raise StiefelError(f"{name} cannot be factored: {chosen.reason}")
+        check_rank(name, rank, chosen.highest_rank)
+        spectrum = self._spectra.get((owner, chosen.scheme))
+        changes = {
+            "rank": rank,
+            "reason": "kept by request" if rank is None else None,
+            "expected_error": spectrum_error(spectrum, rank),
+        }
+        layers = tuple(
+            p.model_copy(update=changes) if owner in (p.name, p.tied_to) else p for p in self.layers
+        )
+        return self.model_copy(update={"layers": layers})
+
+    def without_spectra(self) -> RankPlan:
+        """The plan as it would be read back: light enough to travel with a model."""
+        return RankPlan(**dict(self))
+
+    def to_json(self) -> str:
+        """The plan as indented JSON."""
+        return self.model_dump_json(indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> RankPlan:
+        """Read a plan back, edited or not.
+
+        Raises:
+            StiefelError: the text is not a plan; the first fault is named.
+        """
+        try:
+            return cls.model_validate_json(text)
+        except ValueError as error:
+            fault = error.errors()[0] if hasattr(error, "errors") else {"msg": error, "loc": ()}
+            where = ".".join(str(part) for part in fault["loc"])
+            raise StiefelError(f"not a rank plan: {where}: {fault['msg']}") from None
+
+
+@dataclass(frozen=True)
+class Option:
+    """One thing that can be done with a layer: loss is relative tail energy, 0 to 1."""
+
+    scheme: str | None
+    rank: int | None
+    cost: float
+    loss: float
+
+
+def spectrum_error(spectrum: Spectrum | None, rank: int | None) -> float | None:
+    """The error of a rank if the spectrum reaches so far; 0 where nothing is changed."""
+    if rank is None:
+        return 0.0
+    if spectrum is None or rank > spectrum.values.shape[-1]:
+        return None
+    return spectrum.error(rank)
+
+
+def check_rank(name: str, rank: int | None, highest: int) -> None:
+    """Refuse a rank below 1 or above the highest by the layer's name."""
+    if rank is not None and not 1 <= rank <= highest:
+        raise StiefelError(f"{name}: rank {rank} is not possible; choose 1 to {highest}")
+
+
+def policy_rank(
+    policy: Fixed | Fraction | Energy, full_rank: int, spectrum: Spectrum | None
+) -> int:
+    """The rank that a policy gives one layer, before asking whether it saves anything."""
+    if isinstance(policy, Fixed):
+        return policy.rank
+    if isinstance(policy, Fraction):
+        return max(1, round(policy.fraction * full_rank))
+    tail = spectrum.errors().square().numpy()
+    return int(np.argmax(tail <= 1 - policy.energy + 1e-12)) + 1
+
+
+def meet_budget(
+    options: Sequence[Sequence[Option]], budget: Budget, whole: float, rest: float
+) -> list[Option]:
+    """Choose one option per layer: least Σ loss for which Σ cost + rest stays within the budget.
+
+    Args:
+        options: per layer, everything that can be done with it, in any order.
+        budget: the fraction of `whole` allowed; never exceeded, and met within `TOLERANCE`.
+        whole: cost of the whole model as it is.
+        rest: what of it no option covers.
+
+    Raises:
+        StiefelError: the budget is out of reach, or can't be met closely; says what can.
+    """
+    costs = [np.array([o.cost for o in layer]) / whole for layer in options]
+    losses = [np.array([o.loss for o in layer]) for layer in options]
+    target, base = budget.fraction, rest / whole
+
+    def total(chosen: Sequence[int]) -> float:
+        return base + sum(float(c[j]) for c, j in zip(costs, chosen, strict=True))
+
+    chosen = _choose(costs, losses, price=1e12)
+    if total(chosen) > target + 1e-9:
+        least = math.ceil(total(chosen) * 1e4) / 1e4
+        raise StiefelError(
+            f"{budget} is out of reach: with every layer at its smallest, {budget.cost}={least} "
+            "is left"
+        )
+    low, high = -30.0, 30.0  # log of the price of cost
+    for _ in range(60):
+        middle = (low + high) / 2
+        trial = _choose(costs, losses, price=math.exp(middle))
+        if total(trial) <= target + 1e-9:
+            high, chosen = middle, trial
+        else:
+            low = middle
+    chosen = _spend(costs, losses, chosen, target - total(chosen))
+    loss = sum(float(x[j]) for x, j in zip(losses, chosen, strict=True))
+    if total(chosen) < target - TOLERANCE and loss > 0:
+        raise StiefelError(
+            f"{budget} cannot be met within {TOLERANCE:.0%}: the nearest below is "
+            f"{budget.cost}={math.ceil(total(chosen) * 1e4) / 1e4}"
+        )
+    return [layer[j] for layer, j in zip(options, chosen, strict=True)]
+
+
+def _choose(costs: Sequence[np.ndarray], losses: Sequence[np.ndarray], price: float) -> list[int]:
+    """Per layer the option of least loss + price · cost; of equals the cheaper."""
+    pairs = zip(costs, losses, strict=True)
+    return [int(np.lexsort((c, x + price * c))[0]) for c, x in pairs]
+
+
+def _spend(
+    costs: Sequence[np.ndarray], losses: Sequence[np.ndarray], chosen: list[int], left: float
+) -> list[int]:
+    """Spend what the last price left over: the best loss saved per cost that still fits, first."""
+    chosen = list(chosen)
+    while True:
+        best, move = 0.0, None
+        for i, (c, x) in enumerate(zip(costs, losses, strict=True)):
+            extra = c - c[chosen[i]]
+            gain = np.where((extra <= left) & (extra > 0), x[chosen[i]] - x, 0.0)
+            rate = gain / np.maximum(extra, 1e-12)
+            j = int(rate.argmax())
+            if rate[j] > best:
+                best, move = float(rate[j]), (i, j, float(extra[j]))
+        if move is None:
+            return chosen
+        chosen[move[0]] = move[1]
+        left -= move[2]
+
+
+def _is_integer(text: str) -> bool:
+    return text.lstrip("+-").isdigit()
