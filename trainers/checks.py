@@ -1,0 +1,145 @@
+"""What can be found wrong with data and network before anything is trained, one clear line each."""
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from converter.errors import StiefelError
+from converter.factors import factored_layers
+from converter.specs import spec_of
+from trainers.data import Data
+from trainers.rules import SSA, RuleSettings
+
+
+def check_data(data: Data) -> None:
+    """Refuse data that nothing can be learned from.
+
+    Raises:
+        StiefelError: no images, one class only, or labels outside the classes.
+    """
+    for part, dataset in (("training", data.train), ("test", data.test)):
+        if len(dataset) == 0:
+            raise StiefelError(f"{data.name} has no {part} images")
+        labels = known_labels(dataset)
+        if labels is not None:
+            check_labels(labels, len(data.classes), f"{data.name}, {part} images")
+    labels = known_labels(data.train)
+    classes = len(data.classes) if labels is None else len(labels.unique())
+    if classes < 2:
+        raise StiefelError(f"{data.name} has training images of one class only; two are needed")
+
+
+def known_labels(dataset: Dataset) -> Tensor | None:
+    """Labels (N,) where the data set knows them without reading its images."""
+    for name in ("labels", "targets"):
+        if (found := getattr(dataset, name, None)) is not None:
+            return torch.as_tensor(found)
+    return None
+
+
+def check_labels(labels: Tensor, classes: int, where: str) -> None:
+    """Refuse labels (N,) that are no whole numbers from 0 to `classes` − 1.
+
+    Raises:
+        StiefelError: names the first label that isn't.
+    """
+    if labels.is_floating_point():
+        raise StiefelError(f"{where}: labels must be whole numbers, not {labels.dtype}")
+    outside = labels[(labels < 0) | (labels >= classes)]
+    if len(outside):
+        raise StiefelError(
+            f"{where}: label {int(outside[0])} is outside the {classes} classes 0 … {classes - 1}"
+        )
+
+
+def count_outputs(network: nn.Module, example: Tensor, data: Data) -> int:
+    """The width of the network's output for this example (N, C, H, W), which changes nothing.
+
+    Raises:
+        StiefelError: the images don't fit the network, or the classes don't fit its output.
+    """
+    shape = tuple(example.shape[1:])
+    spec = spec_of(network)
+    if spec is not None and spec.input.shape != shape:
+        raise StiefelError(
+            f"{data.name} has images {_x(shape)}, {spec.name} {_x(spec.input.shape)}"
+        )
+    modes = [(module, module.training) for module in network.modules()]
+    try:
+        with torch.no_grad():
+            output = network.eval()(example)
+    except (RuntimeError, ValueError, IndexError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise StiefelError(f"the network can't take images {_x(shape)}: {reason}") from error
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(example):
+        raise StiefelError("the network is no classifier: it should return logits (N, classes)")
+    if len(data.classes) > output.shape[1]:
+        raise StiefelError(
+            f"{data.name} has {len(data.classes)} classes, the network tells {output.shape[1]} "
+            "apart; give the model argument num_classes"
+        )
+    return output.shape[1]
+
+
+def count_part(images: int, batch_size: int, shares: int) -> int:
+    """Images to one forward pass, where each batch is split into `shares` equal parts.
+
+    Raises:
+        StiefelError: it can't be.
+    """
+    part = min(batch_size, images) // shares
+    if batch_size % shares or part == 0:
+        raise StiefelError(
+            f"batch_size {batch_size} with {images} training images can't be split into {shares} "
+            "equal parts (accumulate × processes)"
+        )
+    return part
+
+
+def check_factored(network: nn.Module, rule: RuleSettings) -> None:
+    """Refuse to align what isn't factored.
+
+    Raises:
+        StiefelError: the rule is SSA and no layer is factored.
+    """
+    if isinstance(rule, SSA) and not factored_layers(network):
+        raise StiefelError(
+            "the model has no factored layer to train with rule ssa; convert it first, or use "
+            "rule bp or dfa"
+        )
+
+
+def check_batch_norm(network: nn.Module, images: int) -> None:
+    """Refuse batch statistics of a single image.
+
+    Args:
+        images: in one forward pass of one process.
+
+    Raises:
+        StiefelError: there is one, and the network has batch norms.
+    """
+    norms = [
+        n for n, m in network.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
+    ]
+    if images == 1 and norms:
+        raise StiefelError(
+            f"a batch of 1 image is too small for batch norm ({norms[0]}); give a larger "
+            "batch_size, or batch_norm frozen"
+        )
+
+
+def name_of_nonfinite(network: nn.Module, state: nn.Module) -> str | None:
+    """The first parameter that isn't finite, or None; one look at the device."""
+    named = [*network.named_parameters(), *state.named_parameters("the rule's")]
+    if not named:
+        return None
+    norms = torch._foreach_norm([p.detach() for _, p in named], float("inf"))
+    finite = torch.stack([norm.float() for norm in norms]).isfinite().tolist()
+    return next((name for (name, _), ok in zip(named, finite, strict=True) if not ok), None)
+
+
+def _x(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))

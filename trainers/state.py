@@ -1,0 +1,119 @@
+"""What a training run keeps on disk: checkpoints, the log, and all that resuming needs."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from converter.errors import StiefelError
+from converter.factors import factored_layers
+from converter.files import atomic_path, write_text
+
+FORMAT = "stiefel training state 1"
+# What may differ between a run and its continuation: nothing that changes the result on a CPU.
+_FREE = {"device", "workers", "log_every", "early_stop", "deterministic", "memory_format"}
+
+
+class RunFolder:
+    """`state.pt`, `last.safetensors`, `best.safetensors` and `log.jsonl` in one folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self.state = self.path / "state.pt"
+        self.last = self.path / "last.safetensors"
+        self.best = self.path / "best.safetensors"
+        self.log = self.path / "log.jsonl"
+
+    def start(self) -> None:
+        """Make the folder; clear it of a finished run.
+
+        Raises:
+            StiefelError: it can't be made, or holds an interrupted run, which is not thrown away.
+        """
+        if self.state.exists() and not self.read()["finished"]:
+            raise StiefelError(
+                f"{self.path} holds an interrupted run; resume it, or choose another folder"
+            )
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            for file in (self.state, self.last, self.best, self.log):
+                file.unlink(missing_ok=True)
+        except OSError as error:
+            raise StiefelError(f"cannot use {self.path} for training: {error.strerror}") from error
+
+    def write(self, network: nn.Module, state: Mapping[str, Any], *, best: bool) -> None:
+        """Write the checkpoints, the log, and last of all the state, each whole or not at all."""
+        records = state["records"]
+        write_text(self.log, "".join(json.dumps(record) + "\n" for record in records))
+        if best:
+            save_checkpoint(network, self.best)
+        save_checkpoint(network, self.last)
+        with atomic_path(self.state) as temporary:
+            torch.save({"format": FORMAT, **state}, temporary)
+
+    def read(self) -> dict[str, Any]:
+        """The state, on the CPU.
+
+        Raises:
+            StiefelError: there is none, or it is damaged.
+        """
+        if not self.state.is_file():
+            raise StiefelError(f"nothing to resume: there is no {self.state}")
+        try:
+            state = torch.load(self.state, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever a damaged file makes the unpickler raise
+            raise StiefelError(f"{self.state} is damaged; train anew in another folder") from error
+        if not isinstance(state, dict) or state.get("format") != FORMAT:
+            raise StiefelError(f"{self.state} is no training state of this version")
+        return state
+
+
+def save_checkpoint(network: nn.Module, path: Path) -> None:
+    """A checkpoint that `load_any` reads: factored if anything is."""
+    from converter.checkpoints import save_dense, save_factored
+
+    (save_factored if factored_layers(network) else save_dense)(network, path)
+
+
+def check_same(kept: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
+    """Refuse to go on with other settings than the run began with.
+
+    Raises:
+        StiefelError: names the first setting that differs.
+    """
+    for key in sorted({*kept, *now} - _FREE):
+        if kept.get(key) != now.get(key):
+            raise StiefelError(
+                f"{path} was begun with {key}={kept.get(key)}, not {now.get(key)}; "
+                "resume with the same settings, or choose another folder"
+            )
+
+
+def restore_network(network: nn.Module, kept: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Load weights into a network that may still have the ranks it began with.
+
+    Raises:
+        StiefelError: the weights are another architecture's; the network is left as it was.
+    """
+    own = network.state_dict()
+    layers = factored_layers(network)
+    ranks = {name: kept[f"{name}.S"].shape[-1] for name in layers if f"{name}.S" in kept}
+    for key in [*own, *kept]:
+        layer, _, leaf = key.rpartition(".")
+        shapes = [tuple(held[key].shape) if key in held else None for held in (own, kept)]
+        if layer in ranks and leaf in ("U", "S", "V") and None not in shapes:
+            fits = shapes[0][:-1] == shapes[1][:-1] and shapes[1][-1] <= shapes[0][-1]
+        else:
+            fits = shapes[0] == shapes[1]
+        if not fits:
+            here, there = (s or "absent" for s in shapes)
+            raise StiefelError(
+                f"{path} is of another architecture: {key} is {there} there, {here} in this model"
+            )
+    for name, rank in ranks.items():
+        if rank < layers[name].rank:
+            layers[name].truncate_(torch.arange(rank))
+    network.load_state_dict(kept)

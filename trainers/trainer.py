@@ -1,0 +1,378 @@
+"""The training loop, whatever the rule: epochs, checkpoints, resume, metrics."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.utils.data import Subset
+
+from converter.cost import count_parameters
+from converter.errors import StiefelError
+from converter.factors import factored_layers
+from converter.settings import Settings
+from trainers import checks
+from trainers.data import Data, batches, epoch_order, images
+from trainers.device import autocast, peak_memory_mib, resolve_device
+from trainers.distributed import World, join_world, synchronised_batch_norm
+from trainers.evaluate import evaluate
+from trainers.interrupt import Stop, interruptible
+from trainers.meter import Meter, Reading
+from trainers.randomness import random_state, repeatable, restore_random_state
+from trainers.rank_schedule import check_schedule, look, lowered
+from trainers.rules import SSA, RuleSettings, make_rule
+from trainers.settings import TrainSettings
+from trainers.state import RunFolder, check_same, restore_network
+from trainers.update import Update
+
+__all__ = ["History", "TrainSettings", "train_local"]
+
+Metrics = Callable[[dict[str, Any]], None]
+
+
+class History(Settings):
+    """What a training run came to."""
+
+    records: list[dict[str, Any]] = Field(
+        description="one for each epoch: epoch, loss, train_accuracy, test_accuracy, test_loss, "
+        "block_losses, lr, ranks, parameters, images_per_s, seconds, peak_memory_mib"
+    )
+    best_accuracy: float = Field(description="highest test accuracy of any epoch, 0..1")
+    interrupted: bool = Field(description="whether it was stopped before its end")
+
+
+def train_local(
+    model: nn.Module,
+    data: Data,
+    *,
+    rule: RuleSettings | None = None,
+    settings: TrainSettings | None = None,
+    teacher: nn.Module | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    progress: Metrics | None = None,
+) -> History:
+    """Train a model in place, with a local rule or by backpropagation.
+
+    Afterwards the model holds the last epoch's weights, on the device it came from. SIGINT and
+    SIGTERM end training after the step in hand. The caller's random state is left as it was.
+
+    Args:
+        model: factored, or dense for the rules that need no factors.
+        data: images that fit the model.
+        rule: SSA by default.
+        teacher: the dense original, for local distillation.
+        out: folder for `log.jsonl`, `last.safetensors`, `best.safetensors` and `state.pt`; without
+            one nothing is kept but the model itself.
+        resume: go on with the run in `out`; its weights replace the model's.
+        progress: called every `log_every` steps with epoch, epochs, step, steps, loss, accuracy,
+            rank, images_per_s and eta_s, and after each epoch with its record, epochs, and
+            epoch_done=True.
+
+    Raises:
+        StiefelError: data, model and settings don't fit together, the loss is no longer finite, or
+            a file can't be read or written.
+    """
+    rule, settings = rule or SSA(), settings or TrainSettings()
+    device = resolve_device(settings.device)
+    home = next(iter(model.parameters()), torch.empty(0)).device
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with ExitStack() as stack:
+            world = stack.enter_context(join_world(device))
+            seed, deterministic = settings.seed + world.rank, settings.deterministic
+            stack.enter_context(repeatable(seed, device, deterministic=deterministic))
+            stop = stack.enter_context(interruptible())
+            training = _Training(model, data, rule, settings, device, world)
+            training.folder = None if out is None else RunFolder(out)
+            training.progress = progress if world.is_main else None
+            training.prepare(teacher, resume)
+            if settings.batch_norm == "sync":
+                stack.enter_context(synchronised_batch_norm(model, world))
+            return training.run(stop)
+    finally:
+        model.to(home, memory_format=torch.contiguous_format)
+        for module, mode in modes:
+            module.training = mode
+
+
+class _Training:
+    """One run: what it is made of, the loop, and what is kept of it."""
+
+    folder: RunFolder | None = None
+    progress: Metrics | None = None
+
+    def __init__(
+        self,
+        network: nn.Module,
+        data: Data,
+        rule: RuleSettings,
+        settings: TrainSettings,
+        device: torch.device,
+        world: World,
+    ) -> None:
+        self.network, self.data, self.settings = network, data, settings
+        self.rule_settings, self.rule = rule, make_rule(rule)
+        self.device, self.world = device, world
+        # Images to a forward pass of one process; to a step; and steps to an epoch.
+        checks.check_data(data)
+        shares = settings.accumulate * world.size
+        self.part = checks.count_part(len(data.train), settings.batch_size, shares)
+        self.batch = self.part * shares
+        self.steps = len(data.train) // self.batch
+        # Where the run is: the epoch in hand, from 1, and how many of its steps are done.
+        self.epoch, self.step, self.seconds = 1, 0, 0.0
+        self.records: list[dict[str, Any]] = []
+        self.best, self.stale = -1.0, 0
+        self.meter = Meter(world)
+
+    def prepare(self, teacher: nn.Module | None, resume: bool) -> None:
+        """Check all that can be checked, build the rest, go to where an earlier run stopped."""
+        settings, network, device = self.settings, self.network, self.device
+        checks.check_factored(network, self.rule_settings)
+        if settings.batch_norm == "train":
+            checks.check_batch_norm(network, self.part)
+        model = look(network)
+        check_schedule(settings.ranks, settings.epochs, model)
+        self.first_ranks = model.ranks()
+        kept = self._kept() if resume else None
+
+        channels_last = settings.memory_format == "channels_last" or (
+            settings.memory_format == "auto" and device.type == "cuda"
+        )
+        self.layout = torch.channels_last if channels_last else torch.contiguous_format
+        for module in (network, teacher):
+            if module is not None:
+                module.to(device, memory_format=self.layout)
+        example = images(self.data.train, self.part, settings.seed)
+        example = example.to(device, memory_format=self.layout)
+        outputs = checks.count_outputs(network, example, self.data)
+        self._set_mode()
+        generator = torch.Generator().manual_seed(settings.seed)
+        # The rule sees the network as it began; a resumed run then takes up what became of it.
+        self.state = self.rule.init(network, example, outputs, generator, teacher).to(device)
+        if kept is not None:
+            restore_network(network, kept["network"], self.folder.state)
+            self.state.load_state_dict(kept["state"])
+        self.world.broadcast_(network, self.state)
+        total = settings.epochs * self.steps
+        self.update = Update(network, self.state, settings, device, self.world, total)
+        if kept is not None:
+            self._restore(kept)
+        elif self.folder is not None and self.world.is_main:
+            self.folder.start()
+
+    def run(self, stop: Stop) -> History:
+        """Train the epochs that are left."""
+        while not self._finished():
+            if self.step == 0:
+                self._lower_ranks()
+            if not self._train_epoch(stop):
+                self._save(best=False)
+                return self._history(interrupted=True)
+            self._finish_epoch()
+            stopping = self.reading.stop or (stop.requested and self.world.size == 1)
+            if stopping and not self._finished():
+                return self._history(interrupted=True)
+        return self._history(interrupted=False)
+
+    def _train_epoch(self, stop: Stop) -> bool:
+        """Train what is left of the epoch; False if asked to stop before its end."""
+        self._set_mode()
+        start, before = time.perf_counter(), self.seconds
+        for parts in self._batches():
+            self._train_step(parts)
+            self.step += 1
+            last = self.step == self.steps
+            # A single process can stop at once; several agree on it whenever they look.
+            stopping = stop.requested and self.world.size == 1
+            if last or stopping or self.step % self.settings.log_every == 0:
+                reading = self._read(stop)
+                self.seconds = before + time.perf_counter() - start
+                self._report(reading)
+                if reading.stop and not last:
+                    return False
+        self.reading = reading
+        return True
+
+    def _train_step(self, parts: list[tuple[Tensor, Tensor]]) -> None:
+        """One step on one batch, which comes in parts; it never waits for the device."""
+        scale, label_smoothing = self.update.scale(), self.settings.label_smoothing
+        for x, y in parts:
+            with autocast(self.device, self.settings.precision):
+                result = self.rule.step(
+                    self.network, self.state, x, y, scale=scale, label_smoothing=label_smoothing
+                )
+            self.meter.add(result, y)
+        self.update((self.epoch - 1) * self.steps + self.step)
+
+    def _batches(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """This process's share of the epoch's batches from `step` on, in parts, on the device."""
+        settings, train = self.settings, self.data.train
+        if hasattr(train, "set_epoch"):
+            train.set_epoch(self.epoch)
+        order = epoch_order(len(train), settings.seed, self.epoch)[: self.steps * self.batch]
+        order = order.view(self.steps, settings.accumulate, self.world.size, self.part)
+        mine = order[self.step :, :, self.world.rank].flatten()
+        pin = self.device.type == "cuda"
+        parts = []
+        for x, y in batches(train, self.part, order=mine, workers=settings.workers, pin_memory=pin):
+            checks.check_labels(y, len(self.data.classes), self.data.name)
+            x = x.to(self.device, memory_format=self.layout, non_blocking=True)
+            parts.append((x, y.to(self.device, non_blocking=True)))
+            if len(parts) == settings.accumulate:
+                yield parts
+                parts = []
+
+    def _lower_ranks(self) -> None:
+        if not self.settings.ranks.active:
+            return
+        epochs, model = self.settings.epochs, look(self.network)
+        self.update.truncate(
+            lowered(self.settings.ranks, self.epoch, epochs, model, self.first_ranks)
+        )
+
+    def _finish_epoch(self) -> None:
+        """Evaluate, record, save."""
+        self.world.average_buffers_(self.network)
+        accuracy, loss = self._evaluate()
+        record = {
+            "epoch": self.epoch,
+            "loss": self.reading.loss,
+            "train_accuracy": self.reading.accuracy,
+            "test_accuracy": accuracy,
+            "test_loss": loss,
+            "block_losses": self.reading.per_block,
+            "lr": self.update.lr,
+            "ranks": self._ranks(),
+            "parameters": count_parameters(self.network),
+            "images_per_s": self.steps * self.batch / self.seconds,
+            "seconds": self.seconds,
+            "peak_memory_mib": peak_memory_mib(self.device),
+        }
+        self.records.append(record)
+        better = accuracy > self.best
+        self.best, self.stale = max(self.best, accuracy), 0 if better else self.stale + 1
+        self.epoch, self.step, self.seconds = self.epoch + 1, 0, 0.0
+        self.meter = Meter(self.world)
+        self._save(best=better)
+        if self.progress:
+            self.progress({**record, "epochs": self.settings.epochs, "epoch_done": True})
+
+    def _evaluate(self) -> tuple[float, float]:
+        """Test accuracy (0..1) and loss, each process taking its share of the images."""
+        test, world, settings = self.data.test, self.world, self.settings
+        if world.size > 1:
+            test = Subset(test, range(world.rank, len(test), world.size))
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        if len(test):
+            rest = {"precision": settings.precision, "workers": settings.workers}
+            found = evaluate(self.network, test, device=self.device, **rest)
+            share = torch.tensor([found.accuracy, found.loss, 1.0], dtype=torch.float64)
+            sums += (share * found.images).to(self.device)
+        correct, loss, total = world.sum_(sums).tolist()
+        return correct / total, loss / total
+
+    def _read(self, stop: Stop) -> Reading:
+        """Look at the losses.
+
+        Raises:
+            StiefelError: one of them is not finite.
+        """
+        reading = self.meter.read(stop.requested)
+        if (culprit := reading.nonfinite()) is not None:
+            self._give_up(*culprit)
+        return reading
+
+    def _give_up(self, what: str, value: float) -> None:
+        kept = ""
+        if self.folder is not None and self.folder.last.exists():
+            kept = f"; {self.folder.last} holds the last good weights"
+        raise StiefelError(
+            f"{what} became {value} by step {self.step} of epoch {self.epoch}{kept}; "
+            "train with a lower lr, a longer warmup or clip"
+        )
+
+    def _report(self, reading: Reading) -> None:
+        if not self.progress:
+            return
+        speed = self.step * self.batch / self.seconds
+        left = (self.settings.epochs - self.epoch + 1) * self.steps - self.step
+        ranks = self._ranks().values()
+        self.progress(
+            {
+                "epoch": self.epoch,
+                "epochs": self.settings.epochs,
+                "step": self.step,
+                "steps": self.steps,
+                "loss": reading.loss,
+                "accuracy": reading.accuracy,
+                "rank": sum(ranks) / len(ranks) if ranks else None,
+                "images_per_s": speed,
+                "eta_s": left * self.batch / speed,
+            }
+        )
+
+    def _save(self, *, best: bool) -> None:
+        """Write everything down, unless the weights are no longer finite."""
+        culprit = checks.name_of_nonfinite(self.network, self.state)
+        if culprit is not None:
+            self._give_up(f"parameter {culprit}", float("nan"))
+        if self.folder is None or not self.world.is_main:
+            return
+        place = {name: getattr(self, name) for name in _PLACE}
+        parts = {name: getattr(self, name).state_dict() for name in _PARTS}
+        rest = {
+            "finished": self._finished(),
+            "settings": self.settings.model_dump(mode="json"),
+            "rule_settings": self.rule_settings.model_dump(mode="json"),
+            "random": random_state(self.device),
+        }
+        self.folder.write(self.network, {**place, **parts, **rest}, best=best)
+
+    def _kept(self) -> dict[str, Any]:
+        """The state of the run to resume, of the same settings.
+
+        Raises:
+            StiefelError: there is none, or it is another's.
+        """
+        if self.folder is None:
+            raise StiefelError("nothing to resume: give the folder of the run as out")
+        kept, path = self.folder.read(), self.folder.path
+        check_same(kept["settings"], self.settings.model_dump(mode="json"), path)
+        check_same(kept["rule_settings"], self.rule_settings.model_dump(mode="json"), path)
+        return kept
+
+    def _restore(self, kept: dict[str, Any]) -> None:
+        for name in _PLACE:
+            setattr(self, name, kept[name])
+        self.update.load_state_dict(kept["update"])
+        self.meter.load_state_dict(kept["meter"], self.device)
+        restore_random_state(kept["random"], self.device)
+
+    def _finished(self) -> bool:
+        patience = self.settings.early_stop
+        stale = patience is not None and self.stale >= patience
+        return stale or self.epoch > self.settings.epochs
+
+    def _history(self, *, interrupted: bool) -> History:
+        best = max((record["test_accuracy"] for record in self.records), default=0.0)
+        return History(records=self.records, best_accuracy=best, interrupted=interrupted)
+
+    def _ranks(self) -> dict[str, int]:
+        return {name: layer.rank for name, layer in factored_layers(self.network).items()}
+
+    def _set_mode(self) -> None:
+        self.network.train()
+        if self.settings.batch_norm == "frozen":
+            for module in self.network.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+
+
+_PLACE = ("epoch", "step", "seconds", "records", "best", "stale", "first_ranks")
+_PARTS = ("network", "state", "update", "meter")

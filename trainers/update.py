@@ -1,0 +1,96 @@
+"""From gradients to new weights: averaging, clipping, the optimizer, and the manifold."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from converter.factors import factored_layers
+from trainers.distributed import GradientAverage, World
+from trainers.manifold import RETRACTIONS, Manifold, truncate_
+from trainers.optim import build_optimizer, learning_rate
+from trainers.settings import TrainSettings
+
+
+class Update:
+    """Everything that happens after a backward pass; owns the optimizer.
+
+    Args:
+        network: whose parameters are trained, on their device.
+        state: the rule's, whose parameters are trained along.
+        steps: of the whole training.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        state: nn.Module,
+        settings: TrainSettings,
+        device: torch.device,
+        world: World,
+        steps: int,
+    ) -> None:
+        self._network, self._state, self._settings, self._world = network, state, settings, world
+        self._steps = steps
+        self._optimizer = build_optimizer(network, state, settings)
+        self._scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
+        # Each part of each process is a mean of its own; their sum is to be the batch's mean.
+        share = 1 / (settings.accumulate * world.size)
+        self._share = torch.tensor(share, device=device) if self._scaler.is_enabled() else share
+        self._retraction = RETRACTIONS[settings.retraction]
+        self._hold_parameters()
+
+    @property
+    def lr(self) -> float:
+        """The rate of the last step."""
+        return self._optimizer.param_groups[0]["lr"]
+
+    def scale(self) -> float | Tensor:
+        """What the rule is to multiply its losses with."""
+        return self._scaler.scale(self._share) if self._scaler.is_enabled() else self._share
+
+    def __call__(self, step: int) -> None:
+        """Apply the gradients of step `step` (from 0) of the whole training, and clear them."""
+        settings, optimizer, scaler = self._settings, self._optimizer, self._scaler
+        self._average.finish()
+        if settings.clip is not None:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(self._parameters, settings.clip)
+        lr = learning_rate(step, self._steps, settings)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        self._manifold.clamp_()
+        if settings.retract_every and (step + 1) % settings.retract_every == 0:
+            self._manifold.retract_(self._retraction, optimizer)
+
+    def truncate(self, ranks: Mapping[str, int]) -> bool:
+        """Lower the layers' ranks to `ranks`, the optimizer's state along; whether any fell."""
+        layers = factored_layers(self._network)
+        falling = {name: rank for name, rank in ranks.items() if rank < layers[name].rank}
+        if falling and self._settings.retract_every:
+            self._manifold.retract_(self._retraction, self._optimizer)
+        for name, rank in falling.items():
+            truncate_(layers[name], rank, self._optimizer)
+        if falling:
+            self._average.remove()
+            self._hold_parameters()
+        return bool(falling)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimizer's and the gradient scaler's."""
+        return {"optimizer": self._optimizer.state_dict(), "scaler": self._scaler.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict` of a network of the same ranks."""
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._scaler.load_state_dict(state["scaler"])
+
+    def _hold_parameters(self) -> None:
+        """Build what holds on to Parameters, which truncation replaces."""
+        self._parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+        self._manifold = Manifold(self._network)
+        self._average = GradientAverage(self._parameters, self._world)
