@@ -43,7 +43,7 @@ def read_file(path: str | Path) -> Any:
         path = index
     if path.is_dir():
         raise StiefelError(f"{path} is a folder; name a checkpoint file in it")
-    _require(path)
+    require_file(path)
     if path.suffix == ".json":
         return _read_shards(path)
     shard = re.fullmatch(r"(.+)-\d{5}-of-\d{5}(\.\w+)", path.name)
@@ -80,7 +80,7 @@ def open_safetensors(path: str | Path) -> Iterator[Any]:
         StiefelError: there is no such file, or it is truncated or corrupt.
     """
     path = Path(path)
-    _require(path)
+    require_file(path)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             yield file
@@ -88,7 +88,8 @@ def open_safetensors(path: str | Path) -> Iterator[Any]:
         raise _unreadable(path, error) from error
 
 
-def _require(path: Path) -> None:
+def require_file(path: Path) -> None:
+    """Raise StiefelError if there is no such file, naming the nearest beside it."""
     if path.is_file():
         return
     siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
