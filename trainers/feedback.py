@@ -65,46 +65,49 @@ class KolenPollack(nn.Module):
     read-out learns forward and B carries its error back; with the global error B alone learns,
     from features and output error (direct Kolen–Pollack, Webster et al. 2021, arXiv 2012.14325).
 
+    The two share a fixed B_V (C, k), and each holds B_U diag(B_S) as one matrix (D, k): factors
+    that each multiply the other's update would not see the same one, and drift apart.
+
     Args:
-        sent: B.
-        read: the read-out, for the local error.
-        decay: coefficient of ‖·‖²/2 of every factor.
+        factors: the first B, and the shared B_V.
+        read: the read-out's first B_U diag(B_S) (D, k); None for the global error.
+        decay: coefficient of ‖·‖²/2 of each matrix.
     """
 
-    def __init__(
-        self,
-        sent: StructuredFeedback,
-        read: StructuredFeedback | None = None,
-        decay: float = 1e-3,
-    ) -> None:
+    def __init__(self, factors: Factors, read: Tensor | None = None, decay: float = 1e-3) -> None:
         super().__init__()
-        self.sent, self.read, self.decay = sent, read, decay
+        self.sent = nn.Parameter(factors.U * factors.S)
+        self.register_parameter("read", None if read is None else nn.Parameter(read.clone()))
+        bias = None if read is None else nn.Parameter(read.new_zeros(len(factors.V)))
+        self.register_parameter("bias", bias)
+        self.register_buffer("B_V", factors.V.clone())
+        self.decay = decay
 
     @property
     def subspace(self) -> Tensor:
-        """B_U (D, k) of the matrix that is sent."""
-        return self.sent.B_U
+        """The basis (D, k) of what B sends back, as it was drawn; orthonormal until it learns."""
+        return self.sent
 
     def back(self, error: Tensor) -> Tensor:
         """Feedback: errors (N, C) to e Bᵀ (N, D)."""
-        return self.sent.back(error)
+        return F.linear(error @ self.B_V, self.sent)
 
     def local_loss(self, z: Tensor, y: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """The read-out's cross-entropy, its error carried to z by B instead of the read-out."""
-        logits = self.read(z.detach())
+        logits = F.linear(z.detach() @ self.read, self.B_V, self.bias)
         error = output_error(logits.detach(), y, label_smoothing)
-        loss = cross_entropy(logits, y, label_smoothing)
-        return loss + self.global_loss(z, error, y) + self._shrinking(self.read)
+        loss = cross_entropy(logits, y, label_smoothing) + self._shrinking(self.read)
+        return loss + self.global_loss(z, error, y)
 
     def global_loss(
         self, z: Tensor, error: Tensor, y: Tensor, label_smoothing: float = 0.0
     ) -> Tensor:
-        """⟨z, B e⟩ / N, and B's own update from features and error."""
-        update = inner(self.sent(z.detach()), error)
+        """⟨z, B e⟩ / N, and B's own update zᵀ e / N from features and error."""
+        update = inner(z.detach() @ self.sent, error @ self.B_V)
         return inner(z, self.back(error)) + update + self._shrinking(self.sent)
 
-    def _shrinking(self, matrix: StructuredFeedback) -> Tensor:
-        return sum(p.square().sum() for p in matrix.parameters()) * (self.decay / 2)
+    def _shrinking(self, matrix: Tensor) -> Tensor:
+        return matrix.square().sum() * (self.decay / 2)
 
 
 class DenseFeedback(nn.Module):

@@ -35,11 +35,9 @@ def draw_feedback(
         factors = random_factors(features, num_classes, rank, generator)
         if settings.feedback != "kolen-pollack":
             return StructuredFeedback(factors, bias, learned=settings.feedback == "learned")
-        sent = StructuredFeedback(factors, bias, learned=True)
         if settings.error == "global":
-            return KolenPollack(sent)
-        other = random_factors(features, num_classes, rank, generator)
-        return KolenPollack(sent, StructuredFeedback(other, bias, learned=True))
+            return KolenPollack(factors)
+        return KolenPollack(factors, random_factors(features, num_classes, rank, generator).U)
 
     blocks = [
         [one(root, block_rank(network, block)) for root in block.roots]

@@ -29,7 +29,7 @@ class SSA(CutSettings):
     similarity: float | None = Field(
         None,
         ge=0,
-        description="weight of similarity matching; default 10, or 0 with a teacher or global error",
+        description="weight of similarity matching; default 10, or 0 with teacher or global error",
     )
     distillation: float | None = Field(
         None, ge=0, description="weight of local distillation; default 1 with a teacher, else 0"

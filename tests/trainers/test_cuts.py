@@ -1,0 +1,295 @@
+"""Blocks: the same function as the network, every parameter in one, and no graph across a cut."""
+
+import json
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from converter.errors import StiefelError
+from converter.factors import factored_layers
+from trainers.cuts import CutSettings, cut, cut_alike, describe_cuts
+from trainers.memory import SavedActivations
+
+NAMES = [
+    "mlp",
+    "smallconv",
+    "resnet20",
+    "resnet",
+    "densenet",
+    "mobilenetv1",
+    "mobilenetv2",
+    "vit",
+    "swin",
+    "shared",
+]
+
+
+def parameters_behind(*tensors: Tensor | None) -> set[Tensor]:
+    """The leaves that a backward from these tensors would reach."""
+    seen, found = set(), set()
+    stack = [t.grad_fn for t in tensors if t is not None and t.grad_fn is not None]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(node.variable)
+        stack += [upstream for upstream, _ in node.next_functions if upstream is not None]
+    return found
+
+
+@pytest.mark.parametrize("boundaries", ["units", "layers"])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("form", ["dense", "factored"])
+def test_no_graph_crosses_a_cut_and_every_parameter_has_a_block(
+    name, form, boundaries, request, images
+):
+    network = request.getfixturevalue(form)(name)
+    cuts = cut(network, images, CutSettings(boundaries=boundaries))
+    assert len(cuts.blocks) > 1
+    everything: set[Tensor] = set()
+
+    def visit(index, roots, logits):
+        reached = parameters_behind(*roots, logits)
+        assert reached
+        assert reached <= set(cuts.blocks[index].parameters())
+        everything.update(reached)
+
+    cuts.run(images, visit)
+    unused = [n for n, p in network.named_parameters() if p not in everything]
+    # Nothing may be left without a local loss.
+    assert unused == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_blocks_compute_what_the_network_computes(name, factored, images):
+    network = factored(name).eval()
+    if name == "swin":
+        for module in network.modules():
+            if type(module).__name__ == "StochasticDepth":
+                module.p = 0.0
+    cuts = cut(network, images, CutSettings())
+    with torch.no_grad():
+        torch.testing.assert_close(cuts.run(images, lambda *_: None), network(images))
+
+
+def test_batch_norm_sees_each_batch_once(factored, images):
+    blockwise, whole = factored("resnet20"), factored("resnet20")
+    cut(blockwise, images, CutSettings()).run(images, lambda *_: None)
+    whole(images)
+    for (name, ours), theirs in zip(blockwise.named_buffers(), whole.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, msg=name)
+
+
+def test_cutting_leaves_modes_buffers_and_attributes_alone(factored, images):
+    network = factored("vit")
+    network.encoder.layers[0].eval()
+    modes = [m.training for m in network.modules()]
+    attributes = set(vars(network))
+    state = {k: v.clone() for k, v in network.state_dict().items()}
+    cut(network, images, CutSettings())
+    assert [m.training for m in network.modules()] == modes
+    assert set(vars(network)) == attributes
+    assert all(torch.equal(v, state[k]) for k, v in network.state_dict().items())
+
+
+def test_residual_nets_are_cut_between_units_and_the_head_joins_the_last(factored, images):
+    cuts = cut(factored("resnet20"), images, CutSettings())
+    units = [f"layer{stage}.{unit}" for stage in (1, 2, 3) for unit in range(3)]
+    assert [block.name for block in cuts.blocks] == ["conv1", *units]
+    assert cuts.blocks[-1].layers == ("layer3.2.conv1", "layer3.2.conv2", "linear")
+    assert [root.shape for root in cuts.blocks[-1].roots] == [(64, 8, 8)]
+
+
+def test_features_are_taken_after_the_activation_and_before_the_pooling(factored, images):
+    cuts = cut(factored("smallconv"), images, CutSettings())
+    assert [block.roots[0].shape for block in cuts.blocks] == [
+        (32, 32, 32),
+        (64, 16, 16),
+        (128, 8, 8),
+        (128,),
+    ]
+    seen = []
+    cuts.run(images, lambda index, roots, logits: seen.append(roots[0].min().item()))
+    assert seen == [0.0] * 4
+
+
+@pytest.mark.parametrize(("size", "blocks"), [(1, 10), (2, 9), (4, 5), (100, 1)])
+def test_layers_per_block_widens_the_blocks(size, blocks, factored, images):
+    cuts = cut(factored("resnet20"), images, CutSettings(layers_per_block=size))
+    assert len(cuts.blocks) == blocks
+
+
+def test_a_dense_block_of_a_densenet_is_cut_inside(factored, images):
+    names = [block.name for block in cut(factored("densenet"), images, CutSettings()).blocks]
+    assert "features.denseblock1.denselayer1" in names
+    assert "features.denseblock1.denselayer5" in names
+
+
+def test_maps_tokens_and_channels_last_maps_are_told_apart(factored, images):
+    layouts = {
+        name: cut(factored(name), images, CutSettings()).blocks[1].roots[0].layout
+        for name in ("mlp", "resnet", "vit", "swin")
+    }
+    assert layouts == {"mlp": "flat", "resnet": "map", "vit": "tokens", "swin": "map-last"}
+
+
+def test_pooled_features_are_channel_means_over_the_grid(factored, images):
+    for name in ("resnet", "swin"):
+        cuts = cut(factored(name), images, CutSettings())
+        root, found = cuts.blocks[0].roots[0], []
+        cuts.run(images, lambda index, roots, logits, found=found: found.append(roots))
+        h = found[0][0]
+        z = root.pooled(h, 1)
+        assert z.shape == (6, root.features(1)) == (6, root.channels)
+        sides = (1, 2) if root.layout == "map-last" else (2, 3)
+        torch.testing.assert_close(z, h.mean(dim=sides))
+
+
+def test_truncation_after_the_cut_takes_effect(factored, images):
+    network = factored("swin").eval()
+    cuts = cut(network, images, CutSettings())
+    for layer in factored_layers(network).values():
+        layer.truncate_(torch.arange(2))
+    reached: set[Tensor] = set()
+    cuts.run(images, lambda index, roots, logits: reached.update(parameters_behind(*roots, logits)))
+    assert set(network.parameters()) <= reached
+
+
+class _Overwriting(nn.Module):
+    """Blocks that begin by writing into what the block before them made, and may have saved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
+        self.head = nn.Linear(3, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = F.max_pool2d(torch.sigmoid(layer(x)), 2).mul_(2)
+        return self.head(x.mean(dim=(2, 3)))
+
+
+def test_a_block_that_writes_into_its_input_does_not_spoil_the_graph_before(images):
+    network, kept = _Overwriting(), []
+    cuts = cut(network, images, CutSettings())
+    cuts.run(images, lambda index, roots, logits: kept.append((roots, logits)))
+    losses = [(logits if logits is not None else roots[0]).sum() for roots, logits in kept]
+    torch.stack(losses).sum().backward()
+    assert all(p.grad is not None for p in network.parameters())
+
+
+def test_one_block_of_activations_is_alive_at_a_time(factored, images):
+    network = factored("resnet20")
+    cuts = cut(network, images, CutSettings())
+    with SavedActivations(network) as immediate:
+        cuts.run(images, lambda i, roots, logits: roots[0].square().mean().backward())
+    with SavedActivations(network) as backprop:
+        network(images).sum().backward()
+    assert immediate.peak_bytes < backprop.peak_bytes / 4
+
+
+class _Branching(nn.Module):
+    """Its own forward depends on the data, so it cannot be traced."""
+
+    def __init__(self, bypass: bool = False) -> None:
+        super().__init__()
+        self.stem = nn.Linear(12, 12)
+        self.parts = nn.ModuleList(nn.Sequential(nn.Linear(12, 12), nn.ReLU()) for _ in range(3))
+        self.head = nn.Linear(12, 5)
+        self.bypass = bypass
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.stem(x.flatten(1)[:, :12])
+        if h.sum() > 1e9:
+            h = h / 2
+        first = h
+        for part in self.parts:
+            h = part(h)
+        return self.head(h + first if self.bypass else h)
+
+
+def test_an_untraceable_network_is_refused_with_the_way_out(images):
+    with pytest.raises(StiefelError, match=r"_Branching cannot be traced .*blocks"):
+        cut(_Branching(), images, CutSettings())
+
+
+def test_an_untraceable_network_trains_by_the_blocks_the_user_names(images):
+    network = _Branching()
+    cuts = cut(network, images, CutSettings(blocks=("parts.*",)))
+    assert [block.name for block in cuts.blocks] == ["parts.0", "parts.1", "parts.2"]
+    reached = []
+    logits = cuts.run(
+        images, lambda index, roots, logits: reached.append(parameters_behind(*roots, logits))
+    )
+    torch.testing.assert_close(logits, network(images))
+    stem, head = set(network.stem.parameters()), set(network.head.parameters())
+    assert reached[0] == stem | set(network.parts[0].parameters())
+    assert reached[1] == set(network.parts[1].parameters())
+    assert reached[2] == set(network.parts[2].parameters()) | head
+
+
+@pytest.mark.parametrize(
+    ("network", "globs", "message"),
+    [
+        (_Branching(bypass=True), ("parts.*",), "past a named block"),
+        (_Branching(), ("parts", "parts.*"), "must not contain one another"),
+        (_Branching(), ("layers.*",), "no submodule of _Branching matches layers"),
+    ],
+)
+def test_names_that_make_no_blocks_are_refused(network, globs, message, images):
+    with pytest.raises(StiefelError, match=message):
+        cut(network, images, CutSettings(blocks=globs))
+
+
+class _Opaque(nn.Module):
+    """A network with one submodule that cannot be traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.branching = nn.Conv2d(3, 12, 1), _Branching()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.branching(torch.relu(self.first(x)))
+
+
+def test_an_untraceable_submodule_is_taken_whole(images):
+    network = _Opaque()
+    cuts = cut(network, images, CutSettings(boundaries="layers"))
+    assert cuts.traced.opaque == {"branching"}
+    assert [block.layers for block in cuts.blocks] == [("first",), ("branching",)]
+
+
+def test_the_teacher_is_cut_where_the_network_is(dense, factored, images):
+    for name in ("resnet20", "vit", "swin"):
+        network, settings = factored(name), CutSettings()
+        cuts = cut(network, images, settings)
+        teacher = dense(name).eval()
+        alike = cut_alike(cuts, teacher, images, settings)
+        shapes = [[h.shape for h in roots] for roots, _ in alike.walk(images)]
+        assert shapes == [[(6, *root.shape) for root in block.roots] for block in cuts.blocks]
+        *_, (_, logits) = alike.walk(images)
+        torch.testing.assert_close(logits, teacher(images))
+
+
+@pytest.mark.parametrize("other", ["smallconv", "resnet"])
+def test_a_teacher_of_another_structure_is_refused(other, dense, factored, images):
+    cuts = cut(factored("resnet20"), images, CutSettings())
+    with pytest.raises(StiefelError, match="give the dense original"):
+        cut_alike(cuts, dense(other), images, CutSettings())
+
+
+def test_cuts_are_described_as_plain_data(factored, images):
+    network = factored("vit")
+    described = json.loads(json.dumps(describe_cuts(network, images)))
+    assert [entry["block"] for entry in described][:2] == [
+        "conv_proj",
+        "encoder.layers.encoder_layer_0.self_attention",
+    ]
+    assert described[0]["roots"] == [{"name": "conv_proj", "shape": [32, 4, 4]}]
+    assert sum(entry["parameters"] for entry in described) == sum(
+        p.numel() for p in network.parameters()
+    )
