@@ -76,7 +76,7 @@ def test_a_local_error_comes_back_through_the_read_out(learned):
     ],
     ids=["fixed", "learned", "kolen-pollack", "dense"],
 )
-def test_the_global_error_reaches_the_features_through_B_alone(feedback):
+def test_the_global_error_reaches_the_features_through_b_alone(feedback):
     z, y, error = _batch()
     feedback.global_loss(z, error, y).backward()
     torch.testing.assert_close(z.grad, feedback.back(error).detach() / N)

@@ -1,4 +1,4 @@
-"""The local losses: their values at known points, and their gradients against finite differences."""
+"""The local losses: values at known points, and gradients against finite differences."""
 
 import pytest
 import torch

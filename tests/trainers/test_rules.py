@@ -149,7 +149,7 @@ def test_one_block_trained_layer_wise_is_backprop(factored, images, labels):
         torch.testing.assert_close(gradient, grads(backprop)[name], msg=name)
 
 
-def test_dfa_sends_the_error_through_B_and_the_activation(dense, images, labels):
+def test_dfa_sends_the_error_through_b_and_the_activation(dense, images, labels):
     """δ = (B e) ⊙ f′, against the formula by hand on a multilayer perceptron (Nøkland 2016)."""
     network = dense("mlp").eval()
     rule, state = start(DFA(), network, images)
@@ -224,7 +224,7 @@ def test_a_loss_without_terms_is_refused(factored, images):
         start(SSA(cross_entropy=0, similarity=0), factored("mlp"), images)
 
 
-def test_alignment_turns_U_towards_the_feedback(factored, images, labels):
+def test_alignment_turns_u_towards_the_feedback(factored, images, labels):
     network = factored("smallconv")
     rule, state = start(SSA(alpha=10.0), network, images)
     layer, P = factored_layers(network)["features.4"], state.directions(1)
