@@ -193,6 +193,7 @@ def batches(
     drop_last: bool = False,
     workers: int | None = None,
     pin_memory: bool = False,
+    seed: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Images (N, C, H, W) and labels (N,) of the data set, batch by batch.
 
@@ -201,6 +202,8 @@ def batches(
         drop_last: leave out a last batch that is not full.
         workers: processes that read ahead; None: none where images are in memory, else up to 8.
         pin_memory: ready the batches for copying to a GPU.
+        seed: of what a data set of your own draws in worker processes; the caller's random state
+            is not touched.
 
     Raises:
         StiefelError: an image can't be read.
@@ -221,6 +224,7 @@ def batches(
         batch_sampler=[chunk.tolist() for chunk in chunks],
         num_workers=min(workers, len(chunks)),
         pin_memory=pin_memory,
+        generator=torch.Generator().manual_seed(seed),
     )
     try:
         yield from ((x, torch.as_tensor(y)) for x, y in loader)

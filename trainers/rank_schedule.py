@@ -1,5 +1,6 @@
 """When rank falls during training, how far, and what stops it. Ranks never rise."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from converter.cost import count_parameters
 from converter.errors import StiefelError
 from converter.factors import factored_layers
-from converter.ranks import Budget, Energy, Option, Policy, meet_budget, parse_rank, policy_rank
+from converter.ranks import Budget, Energy, Policy, parse_rank, policy_rank
 from converter.settings import Settings
 from trainers.manifold import direction_energies
 
@@ -215,11 +216,29 @@ def _wanted(
 
 
 def _within_budget(target: float, model: ModelRanks, floor: int) -> dict[str, int]:
-    """The ranks that lose least relative energy in `target` × the dense model's parameters."""
-    options = []
-    for layer in model.layers.values():
-        tail = layer.tail().tolist()
-        ranks = range(min(floor, layer.rank), layer.rank + 1)
-        options.append([Option(None, r, r * layer.cost / model.dense, tail[r - 1]) for r in ranks])
-    chosen = meet_budget(options, target, model.rest / model.dense, "ranks: final params")
-    return {name: option.rank for name, option in zip(model.layers, chosen, strict=True)}
+    """The ranks that lose least relative energy in `target` × the dense model's parameters.
+
+    Directions are kept in the order of their share of the layer's energy for each parameter: since
+    energies descend, that is the minimum of Σ relative tail energy but for the last direction.
+
+    Raises:
+        StiefelError: the floor alone takes more.
+    """
+    ranks = {name: min(floor, layer.rank) for name, layer in model.layers.items()}
+    left = target * model.dense * (1 + 1e-9) - model.parameters(ranks)
+    if left < 0:
+        least = math.ceil(model.parameters(ranks) / model.dense * 1e4) / 1e4
+        raise StiefelError(
+            f"ranks: final params={target:.4g} is out of reach; with every layer at the floor, "
+            f"rank {floor}, params={least} remains"
+        )
+    worth = [
+        (float(energy / layer.energies.sum()) / layer.cost, name)
+        for name, layer in model.layers.items()
+        for energy in layer.energies[ranks[name] :]
+    ]
+    for _, name in sorted(worth, key=lambda direction: -direction[0]):
+        if (cost := model.layers[name].cost) <= left:
+            ranks[name] += 1
+            left -= cost
+    return ranks

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from converter.checkpoints import save_factored
 from converter.errors import StiefelError
 from converter.factors import factored_layers
 from converter.files import atomic_path, write_text
@@ -48,9 +49,9 @@ class RunFolder:
         """Write the checkpoints, the log, and last of all the state, each whole or not at all."""
         records = state["records"]
         write_text(self.log, "".join(json.dumps(record) + "\n" for record in records))
-        if best:
-            save_checkpoint(network, self.best)
-        save_checkpoint(network, self.last)
+        history = {"step": "train", "rule": state["rule_settings"]["name"], "epochs": len(records)}
+        for path in [self.best, self.last] if best else [self.last]:
+            save_factored(network, path, history=history)
         with atomic_path(self.state) as temporary:
             torch.save({"format": FORMAT, **state}, temporary)
 
@@ -69,13 +70,6 @@ class RunFolder:
         if not isinstance(state, dict) or state.get("format") != FORMAT:
             raise StiefelError(f"{self.state} is no training state of this version")
         return state
-
-
-def save_checkpoint(network: nn.Module, path: Path) -> None:
-    """A checkpoint that `load_any` reads: factored if anything is."""
-    from converter.checkpoints import save_dense, save_factored
-
-    (save_factored if factored_layers(network) else save_dense)(network, path)
 
 
 def check_same(kept: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:

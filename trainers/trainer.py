@@ -218,9 +218,13 @@ class _Training:
         order = epoch_order(len(train), settings.seed, self.epoch)[: self.steps * self.batch]
         order = order.view(self.steps, settings.accumulate, self.world.size, self.part)
         mine = order[self.step :, :, self.world.rank].flatten()
-        pin = self.device.type == "cuda"
+        loading = {
+            "workers": settings.workers,
+            "pin_memory": self.device.type == "cuda",
+            "seed": settings.seed + self.epoch,
+        }
         parts = []
-        for x, y in batches(train, self.part, order=mine, workers=settings.workers, pin_memory=pin):
+        for x, y in batches(train, self.part, order=mine, **loading):
             checks.check_labels(y, len(self.data.classes), self.data.name)
             x = x.to(self.device, memory_format=self.layout, non_blocking=True)
             parts.append((x, y.to(self.device, non_blocking=True)))
