@@ -7,6 +7,7 @@ sees what an uninterrupted one would have seen.
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -47,16 +48,16 @@ def shift_and_flip(
     Returns:
         (N, C, H, W): the same as a random crop after padding by `shift`.
     """
-    count, _, height, width = images.shape
+    count, channels, height, width = images.shape
     offsets = (randomness[:, :2] * (2 * shift + 1)).long()
     rows = offsets[:, :1] + torch.arange(height)
     columns = offsets[:, 1:] + torch.arange(width)
     if flip:
         columns = torch.where(randomness[:, 2:] < 0.5, columns.flip(1), columns)
-    padded = torch.nn.functional.pad(images, (shift,) * 4, value=fill)
-    batch = torch.arange(count)[:, None, None]
-    # Indices around a slice put the channels last.
-    return padded[batch, :, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
+    padded = F.pad(images, (shift,) * 4, value=fill)
+    pixels = (rows[:, :, None] * padded.shape[-1] + columns[:, None, :]).flatten(1)
+    pixels = pixels[:, None].expand(-1, channels, -1)
+    return padded.flatten(2).gather(2, pixels).view(count, channels, height, width)
 
 
 def crop_for_training(spec: InputSpec, *, flip: bool) -> Callable[[Tensor], Tensor]:

@@ -1,9 +1,7 @@
 """How well a model classifies a data set."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +9,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from converter.errors import StiefelError
+from trainers.device import Precision, autocast, resolve_device
 from trainers.image_set import ImageSet, Item, batches
-
-Precision = Literal["fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +51,7 @@ def evaluate(
         dataset = dataset.plain()
     parameter = next(model.parameters(), torch.zeros(0))
     if device is not None:
-        model.to(device := _device(device))
+        model.to(device := resolve_device(device))
     else:
         device = parameter.device
     modes = [(module, module.training) for module in model.modules()]
@@ -63,7 +60,7 @@ def evaluate(
     done = 0
     pin = device.type == "cuda"
     try:
-        with torch.no_grad(), _autocast(device, precision):
+        with torch.no_grad(), autocast(device, precision):
             for x, y in batches(dataset, batch_size, workers=workers, pin_memory=pin):
                 x = x.to(device, parameter.dtype, non_blocking=True)
                 logits = _logits(model(x), y)
@@ -93,20 +90,3 @@ def _logits(output: object, labels: Tensor) -> Tensor:
             f"{output.shape[1]} classes apart (0 to {output.shape[1] - 1})"
         )
     return output.float()
-
-
-def _device(name: str | torch.device) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise StiefelError("there is no CUDA device here; use device cpu")
-    return device
-
-
-def _autocast(device: torch.device, precision: str) -> torch.autocast | nullcontext:
-    kinds = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-    if precision not in kinds:
-        raise StiefelError(f"unknown precision '{precision}'; there are {', '.join(kinds)}")
-    kind = kinds[precision]
-    return nullcontext() if kind is None else torch.autocast(device.type, dtype=kind)
