@@ -5,10 +5,10 @@ orthonormal basis of one side of W, the shorter one where there is a choice: eno
 by, small enough to keep. `Spectrum.factors` then projects W on the leading directions. All accept a
 leading group axis (G, m, n).
 
-The exact basis is taken from the eigenvectors of W Wᵀ in float64, whose rounding (1e-16 relative to
-the largest squared singular value) is that of a float32 SVD; matrices already in float64 go through
-`torch.linalg.svd`. The randomised basis is subspace iteration (Halko, Martinsson and Tropp 2011,
-algorithm 4.4).
+The basis comes from the short Gram matrix W Wᵀ: all its eigenvectors, or by subspace iteration
+(Halko, Martinsson and Tropp 2011, algorithm 4.4) when few are wanted. Squaring costs precision in
+small singular values, so the projection is checked, and corrected by an SVD of its r×r core where
+that matters: the factors are good to the rounding of W's own precision.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from torch import Tensor
 
 from converter.errors import StiefelError
 
-OVERSAMPLING = 16  # extra directions that the randomised range finder carries
-POWER_STEPS = 4  # trained kernels have slowly falling spectra: two steps lose about 1 % of energy
-RANDOMISED_BELOW = 0.2  # of full rank: above it the exact decomposition is as fast
+OVERSAMPLING = 16  # extra directions that subspace iteration carries
+POWER_STEPS = 6  # cheap on the Gram matrix; spectra of trained kernels fall slowly
+RANDOMISED_BELOW = 0.3  # of full rank: above it all eigenvectors cost as much
 EXACT_BELOW = 1024  # matrices with a side shorter than this are always decomposed exactly
+DOUBLE_BELOW = 512  # short sides whose eigenvectors in float64 cost next to nothing
 
 
 class Factors(NamedTuple):
@@ -102,12 +103,12 @@ class Spectrum:
 
     def errors(self) -> Tensor:
         """The relative errors of every rank 1 … k, float64 (k,)."""
-        kept = self.values.square().reshape(-1, self.values.shape[-1]).sum(0).cumsum(0)
+        squares = self.values.square().reshape(-1, self.values.shape[-1]).sum(0)
         if self.energy == 0:
-            return torch.zeros_like(kept)
-        tail = (1 - kept / self.energy).clamp(min=0)
-        # Differences of sums that round to nothing are nothing.
-        return torch.where(tail < 1e-12, 0.0, tail).sqrt()
+            return torch.zeros_like(squares)
+        unknown = max(self.energy - float(squares.sum()), 0.0)
+        tail = squares.flip(0).cumsum(0).flip(0) - squares + unknown
+        return (tail.clamp(min=0) / self.energy).sqrt()
 
     def factors(self, W: Tensor | Factors, rank: int) -> Factors:
         """Project W (m, n) on the first `rank` directions: the factors in W's dtype.
@@ -115,17 +116,28 @@ class Spectrum:
         In exact arithmetic the product is U_r U_rᵀ W: the best rank-r approximation of W in the
         Frobenius norm, or in the norm ‖(W − W_r) C^{1/2}‖ when whitened.
         """
-        basis = self.basis[..., :rank]
+        basis = _orthonormal(self.basis[..., :rank])
         wide = W.to(basis.dtype)
-        other = (wide if self.right else wide.mT) @ basis
-        if self.whitened:
-            return _reduce(basis, other).to(W.dtype)
-        # The columns of `other` are orthogonal already; QR removes the rounding of small ones.
-        Q, R = torch.linalg.qr(other)
+        Q, R = torch.linalg.qr((wide if self.right else wide.mT) @ basis)
         S = R.diagonal(dim1=-2, dim2=-1)
-        Q = Q * torch.where(S < 0, -1.0, 1.0).unsqueeze(-2).to(Q.dtype)
-        U, V = (Q, basis) if self.right else (basis, Q)
-        return Factors(U, S.abs(), V).to(W.dtype)
+        if self.whitened or self._blurred(R, rank):
+            # The projection basis Rᵀ Qᵀ is no SVD yet: that of its core makes it one.
+            P, S, Zh = torch.linalg.svd(R.mT)
+            basis, Q = basis @ P, Q @ Zh.mT
+        else:
+            Q = Q * torch.where(S < 0, -1.0, 1.0).to(Q.dtype).unsqueeze(-2)
+        found = Factors(basis, S.abs(), Q).to(W.dtype)
+        return found.mT if self.right else found
+
+    def _blurred(self, R: Tensor, rank: int) -> bool:
+        """Whether R is too far from diagonal to be taken for S.
+
+        It is diagonal but for rounding in the Gram matrix, which is harmless where it drowns in
+        what truncation loses anyway.
+        """
+        off = (R - torch.diag_embed(R.diagonal(dim1=-2, dim2=-1))).norm()
+        lost = self.error(rank) * self.energy**0.5
+        return bool(off > max(1e-3 * lost, 8 * torch.finfo(R.dtype).eps * self.energy**0.5))
 
     def to(self, device: torch.device) -> Spectrum:
         """The same on another device."""
@@ -188,7 +200,8 @@ def truncated(W: Tensor, rank: int) -> Factors:
 def randomised(W: Tensor, rank: int, generator: torch.Generator | None = None) -> Factors:
     """A near-best rank-`rank` approximation of W, in time proportional to m·n·rank."""
     _check(W, rank)
-    return _randomised_spectrum(W.to(_working(W.dtype)), rank, generator).factors(W, rank)
+    found = _randomised_spectrum(W.to(_working(W.dtype)), rank, generator)
+    return found.factors(W, rank)
 
 
 def whitened(W: Tensor, second_moment: Tensor, rank: int) -> Factors:
@@ -241,11 +254,40 @@ def _short(W: Tensor) -> Tensor:
 def _exact_spectrum(W: Tensor) -> Spectrum:
     right = W.shape[-2] > W.shape[-1]
     short = _short(W)
+    big = short.shape[-2] >= DOUBLE_BELOW
     if W.dtype == torch.float64:
         basis, values, _ = torch.linalg.svd(short, full_matrices=False)
     else:
-        basis, values = _gram_basis(short)
+        basis, values = _gram_basis(_gram(short) if big else _gram(short.double()))
+        # Half of the spectrum in the rounding of the Gram matrix is too much: square in float64.
+        if big and (values[..., values.shape[-1] // 2] < 3e-3 * values[..., 0]).any():
+            basis, values = _gram_basis(_gram(short.double()))
     return Spectrum(values, basis.to(W.dtype), float(values.square().sum()), right)
+
+
+def _gram(short: Tensor) -> Tensor:
+    """W Wᵀ; of a large one only the lower blocks are multiplied."""
+    rows = short.shape[-2]
+    if short.ndim > 2 or rows < 2048:
+        return short @ short.mT
+    gram = short.new_empty(rows, rows)
+    block = rows // 8
+    for start in range(0, rows, block):
+        stop = min(start + block, rows)
+        gram[start:stop, :stop] = short[start:stop] @ short[:stop].mT
+        gram[:start, start:stop] = gram[start:stop, :start].mT
+    return gram
+
+
+def _gram_basis(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Left singular vectors and values of a matrix from its Gram; values in float64."""
+    values, vectors = torch.linalg.eigh(gram)
+    return vectors.flip(-1), values.flip(-1).clamp(min=0).double().sqrt()
+
+
+def _orthonormal(basis: Tensor) -> Tensor:
+    """One Newton–Schulz step: takes columns orthonormal to 1e-5 to orthonormal in rounding."""
+    return 1.5 * basis - 0.5 * basis @ (basis.mT @ basis)
 
 
 def _inner_spectrum(factors: Factors, second_moment: Tensor | None) -> Spectrum:
@@ -258,28 +300,18 @@ def _inner_spectrum(factors: Factors, second_moment: Tensor | None) -> Spectrum:
     return replace(inner, basis=Q @ inner.basis)
 
 
-def _gram_basis(short: Tensor) -> tuple[Tensor, Tensor]:
-    """Left singular vectors and values of a wide matrix, from the eigenvectors of its Gram."""
-    short = short.double()
-    values, vectors = torch.linalg.eigh(short @ short.mT)
-    return vectors.flip(-1), values.flip(-1).clamp(min=0).sqrt()
-
-
 def _randomised_spectrum(W: Tensor, rank: int, generator: torch.Generator | None) -> Spectrum:
-    right = W.shape[-2] > W.shape[-1]
-    short = _short(W)
+    gram = _gram(_short(W))
     # A fixed seed: the same weights always give the same factors.
     generator = generator or torch.Generator(W.device).manual_seed(0)
-    width = min(rank + OVERSAMPLING, short.shape[-2])
-    start = (*short.shape[:-2], short.shape[-1], width)
-    Y = torch.randn(start, generator=generator, device=W.device, dtype=short.dtype)
-    Q = torch.linalg.qr(short @ Y).Q
+    shape = (*gram.shape[:-1], min(rank + OVERSAMPLING, gram.shape[-1]))
+    Q = torch.randn(shape, generator=generator, device=W.device, dtype=W.dtype)
     for _ in range(POWER_STEPS):
-        Q = torch.linalg.qr(short @ (short.mT @ Q)).Q
-    rotation, values = _gram_basis(Q.mT @ short)
-    basis = (Q @ rotation.to(Q.dtype))[..., :rank]
-    energy = float(short.double().square().sum())
-    return Spectrum(values[..., :rank], basis.to(W.dtype), energy, right)
+        Q = torch.linalg.qr(gram @ Q).Q
+    rotation, values = _gram_basis(Q.mT @ (gram @ Q))
+    basis = (Q @ rotation)[..., :rank]
+    energy = float(W.norm(dtype=torch.float64).square())
+    return Spectrum(values[..., :rank], basis, energy, W.shape[-2] > W.shape[-1])
 
 
 def _whitened_spectrum(W: Tensor, second_moment: Tensor) -> Spectrum:
@@ -291,17 +323,16 @@ def _whitened_spectrum(W: Tensor, second_moment: Tensor) -> Spectrum:
         )
     C, W64 = second_moment.to(W.device).double(), W.double()
     if W.shape[-2] <= n:
-        values, vectors = torch.linalg.eigh(W64 @ C @ W64.mT)
-        values, basis = values.flip(-1).clamp(min=0).sqrt(), vectors.flip(-1)
-    else:
-        # W C Wᵀ would be m×m of rank n: go by the shorter side of W C^{1/2}.
-        basis, values, _ = torch.linalg.svd(W64 @ square_root(C), full_matrices=False)
-    energy = float(values.square().sum())
-    return Spectrum(values, basis.to(W.dtype), energy, whitened=True)
+        return output_spectrum(W64 @ C @ W64.mT, W.dtype)
+    # W C Wᵀ would be m×m of rank n: go by the shorter side of W C^{1/2}.
+    basis, values, _ = torch.linalg.svd(W64 @ square_root(C), full_matrices=False)
+    return Spectrum(values, basis.to(W.dtype), float(values.square().sum()), whitened=True)
 
 
-def _reduce(basis: Tensor, other: Tensor) -> Factors:
-    """basis @ otherᵀ (m, r)·(r, n) as a thin SVD, for an orthonormal basis."""
-    Q, R = torch.linalg.qr(other)
-    P, S, Zh = torch.linalg.svd(R.mT.double())
-    return Factors(basis @ P.to(basis.dtype), S.to(basis.dtype), Q @ Zh.mT.to(basis.dtype))
+def output_spectrum(output_moment: Tensor, dtype: torch.dtype = torch.float32) -> Spectrum:
+    """The whitened spectrum of W from its outputs' second moment E[(W x)(W x)ᵀ] = W C Wᵀ (m, m).
+
+    For matrices so wide that C itself would not fit. The basis is of `dtype`.
+    """
+    basis, values = _gram_basis(output_moment.double())
+    return Spectrum(values, basis.to(dtype), float(values.square().sum()), whitened=True)
