@@ -1,13 +1,10 @@
 """The commands: each parses its line, calls one function, prints what came of it."""
 
-import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
-from pydantic import BaseModel
 
 import stiefel
 from converter import convert as factoring
@@ -15,8 +12,6 @@ from converter import inspect as inspecting
 from converter.checkpoints import load_any, save_factored
 from converter.errors import StiefelError
 from converter.files import write_text
-from converter.models import parse_args, parse_shape
-from converter.specs import InputSpec
 from export.bench import BenchSettings, bench
 from export.doctor import doctor
 from export.onnx import OnnxSettings, export_onnx
@@ -24,13 +19,23 @@ from export.safetensors import export_safetensors
 from stiefel import report as rendering
 from stiefel import tables
 from stiefel.console import Console
+from stiefel.inputs import (
+    FILE,
+    data_options,
+    data_section,
+    device_option,
+    is_main_process,
+    json_option,
+    model_options,
+    model_section,
+    seed_option,
+    write_json,
+)
 from stiefel.options import collect, settings_options
 from stiefel.plots import draw_bench, draw_spectra
 from stiefel.recipe import (
     ConvertSection,
     DataSection,
-    ModelSection,
-    TrainSection,
     load_recipe,
     resolved,
 )
@@ -44,14 +49,14 @@ from stiefel.run import (
     open_data,
     run,
 )
+from trainers.cuts import describe_cuts
 from trainers.data import images
+from trainers.device import resolve_device
 from trainers.evaluate import evaluate
 from trainers.rules import BP, DFA, SSA
 from trainers.trainer import TrainSettings, train_local
 
-Command = TypeVar("Command", bound=Callable[..., Any])
 RULES = {"ssa": SSA, "dfa": DFA, "bp": BP}
-FILE = click.Path(path_type=Path)
 console = Console()
 
 
@@ -73,67 +78,6 @@ class Commands(click.Group):
 @click.version_option(stiefel.__version__, prog_name="stiefel")
 def main() -> None:
     """Factor dense PyTorch networks, train them locally, export them compact."""
-
-
-def _model_options(command: Command) -> Command:
-    """The options that name a dense model, or a checkpoint of ours."""
-    for option in reversed(
-        (
-            click.option(
-                "--model", "name", help="torchvision:NAME, timm:NAME, zoo:NAME, FILE.py:f"
-            ),
-            click.option("--checkpoint", type=FILE, help="weights: .safetensors, .pt, .pth"),
-            click.option("--weights", help="the library's own weights, such as DEFAULT"),
-            click.option("--model-arg", multiple=True, metavar="KEY=VALUE", help="for its factory"),
-            click.option("--rename", multiple=True, metavar="REGEX=…", help="checkpoint key rules"),
-            click.option("--variant", help="which of several nested state dicts"),
-            click.option("--input-shape", metavar="CxHxW", help="if not the model's own"),
-        )
-    ):
-        command = option(command)
-    return command
-
-
-def _model_section(path: Path | None, values: dict[str, Any]) -> ModelSection:
-    """What the model options say; a checkpoint of ours may stand alone as an argument."""
-    name, checkpoint = values.pop("name"), values.pop("checkpoint")
-    shape, weights = values.pop("input_shape"), values.pop("weights")
-    args, rename = values.pop("model_arg"), values.pop("rename")
-    variant = values.pop("variant")
-    if path is not None and checkpoint is not None:
-        raise click.UsageError("name one checkpoint: as an argument or with --checkpoint")
-    if path is not None and ":" in str(path) and not path.exists():
-        name, path = str(path), None
-    return ModelSection(
-        name=name,
-        checkpoint=checkpoint or path,
-        weights=weights,
-        args=parse_args(args),
-        rename=rename,
-        variant=variant,
-        input=None if shape is None else InputSpec.natural(parse_shape(shape)),
-    )
-
-
-def _data_options(command: Command) -> Command:
-    """The options that name the images."""
-    for option in reversed(
-        (
-            click.option("--data", "source", required=True, help=_words(DataSection, "source")),
-            click.option("--limit-train", type=int, help=_words(DataSection, "limit_train")),
-            click.option("--limit-test", type=int, help=_words(DataSection, "limit_test")),
-            click.option("--augment/--no-augment", help=_words(DataSection, "augment")),
-        )
-    ):
-        command = option(command)
-    return command
-
-
-_json_option = click.option("--json", "json_file", type=FILE, help="write the result as JSON")
-_seed_option = click.option("--seed", type=int, default=0, show_default=True)
-_device_option = click.option(
-    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True
-)
 
 
 @main.command("run")
@@ -167,8 +111,7 @@ def run_command(
 
 
 @main.command()
-@click.argument("path", required=False, type=FILE)
-@_model_options
+@model_options
 @settings_options(ConvertSection, exclude=("layers", "calibrate"))
 @click.option("--layer", "layers", multiple=True, metavar="GLOB=RANK|keep", help="an exception")
 @click.option("--calibrate", metavar="DATA", help="a data source whose training images calibrate")
@@ -176,19 +119,19 @@ def run_command(
 @click.option("--plan-out", type=FILE, help="write the plan as JSON, to read or edit")
 @click.option("--dry-run", "dry", is_flag=True, help="print the plan, write no model")
 @click.option("--output", "-o", type=FILE, help="the factored checkpoint to write")
-@_device_option
-@_seed_option
-@_json_option
-def convert(path: Path | None, **values: Any) -> None:
+@device_option
+@seed_option
+@json_option
+def convert(**values: Any) -> None:
     """Factor a dense model (or a factored one further) at chosen ranks."""
     output, dry, seed = values.pop("output"), values.pop("dry"), values.pop("seed")
     if output is None and not dry:
         raise click.UsageError("name the file to write: -o FILE.safetensors (or --dry-run)")
-    model = build(_model_section(path, values), note=console.note)
+    model = build(model_section(values), note=console.note)
     layers = dict(_layer_exception(text) for text in values.pop("layers"))
     section = collect(ConvertSection, values, layers=layers, calibrate=values.pop("calibrate"))
     calibration = calibration_images(section, model, None, seed=seed)
-    device = stiefel.resolve_device(values["device"])
+    device = resolve_device(values["device"])
     with console.progress("convert") as progress:
         if values["plan_file"]:
             plan = tables.read_plan(values["plan_file"])
@@ -199,8 +142,6 @@ def convert(path: Path | None, **values: Any) -> None:
             small = factoring.convert(
                 model,
                 plan,
-                calibration=calibration,
-                settings=section.calibration,
                 device=device,
                 progress=progress,
             )
@@ -210,25 +151,25 @@ def convert(path: Path | None, **values: Any) -> None:
     if small is not None:
         save_factored(small, output, history={"step": "convert", "policy": plan.policy})
         console.show(f"Wrote {output} ({tables.file_size(output)}).")
-    _write_json(values["json_file"], plan)
+    write_json(values["json_file"], plan)
 
 
 @main.command("train-local")
 @click.argument("path", type=FILE)
-@_data_options
+@data_options
 @click.option("--rule", type=click.Choice([*RULES]), default="ssa", show_default=True)
 @click.option("--teacher", type=FILE, help="the dense original's checkpoint, for distillation")
 @settings_options(TrainSettings, SSA, DFA, BP)
 @click.option("--resume", is_flag=True, help="go on with an interrupted training in --out")
 @click.option("--out", type=FILE, help="folder for log and checkpoints  [default: OUTPUT's stem]")
 @click.option("--output", "-o", type=FILE, required=True, help="the trained checkpoint to write")
-@_json_option
+@json_option
 def train_command(path: Path, rule: str, **values: Any) -> None:
     """Train a factored model with local, SVD-structured feedback."""
     model = load_any(path)
     settings = collect(TrainSettings, values)
     chosen = collect(RULES[rule], values)
-    data = open_data(_data_section(values), model, seed=settings.seed)
+    data = open_data(data_section(values), model, seed=settings.seed)
     teacher = load_any(values["teacher"]) if values["teacher"] else None
     output = values["output"]
     out = values["out"] or output.with_suffix(".run")
@@ -246,9 +187,10 @@ def train_command(path: Path, rule: str, **values: Any) -> None:
     if history.interrupted:
         console.note("go on with the same command and --resume")
         raise KeyboardInterrupt
-    save_factored(model, output, history={"step": "train-local", "rule": rule})
-    console.show(f"Best test accuracy {100 * history.best_accuracy:.2f} %. Wrote {output}.")
-    _write_json(values["json_file"], history)
+    if is_main_process():
+        save_factored(model, output, history={"step": "train-local", "rule": rule})
+        console.show(f"Best test accuracy {100 * history.best_accuracy:.2f} %. Wrote {output}.")
+    write_json(values["json_file"], history)
 
 
 @main.command()
@@ -256,7 +198,7 @@ def train_command(path: Path, rule: str, **values: Any) -> None:
 @click.option("--output", "-o", type=FILE, required=True, help="FILE.onnx or FILE.safetensors")
 @click.option("--data", "source", help="prove the export on these real images too")
 @settings_options(OnnxSettings)
-@_json_option
+@json_option
 def export(path: Path, output: Path, source: str | None, json_file: Path | None, **values) -> None:
     """Write a model for deployment; the ending says the format."""
     model = load_any(path)
@@ -274,7 +216,7 @@ def export(path: Path, output: Path, source: str | None, json_file: Path | None,
     else:
         raise click.UsageError(f"-o {output}: end the name in .onnx or .safetensors")
     console.show(tables.export_line(result))
-    _write_json(json_file, result)
+    write_json(json_file, result)
 
 
 @main.command("bench")
@@ -282,7 +224,7 @@ def export(path: Path, output: Path, source: str | None, json_file: Path | None,
 @settings_options(BenchSettings)
 @click.option("--plot", type=FILE, help="draw latency against batch")
 @click.option("--markdown", type=FILE, help="write the tables as Markdown")
-@_json_option
+@json_option
 def bench_command(
     models: tuple[str, ...],
     plot: Path | None,
@@ -298,74 +240,66 @@ def bench_command(
     for ratio in result.ratios:
         console.show(rendering.sentence(ratio.model_dump()))
     if plot:
-        draw_bench(result, plot)
+        draw_bench(result.rows, plot)
     if markdown:
         write_text(markdown, result.markdown())
-    _write_json(json_file, result)
+    write_json(json_file, result)
 
 
 @main.command("evaluate")
-@click.argument("path", required=False, type=FILE)
-@_model_options
-@_data_options
+@model_options
+@data_options
 @click.option("--batch-size", type=click.IntRange(1), default=256, show_default=True)
 @click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32")
-@_device_option
-@_seed_option
-@_json_option
-def evaluate_command(path: Path | None, **values: Any) -> None:
+@device_option
+@seed_option
+@json_option
+def evaluate_command(**values: Any) -> None:
     """Measure the accuracy of a checkpoint, or of a model with --checkpoint."""
-    model = build(_model_section(path, values), note=console.note)
-    data = open_data(_data_section(values), model, seed=values["seed"])
+    model = build(model_section(values), note=console.note)
+    data = open_data(data_section(values), model, seed=values["seed"])
     with console.status(f"evaluate on {len(data.test):,} images"):
         result = evaluate(
             model,
             data.test,
             batch_size=values["batch_size"],
-            device=stiefel.resolve_device(values["device"]),
+            device=resolve_device(values["device"]),
             precision=values["precision"],
         )
     console.show(
         f"accuracy {100 * result.accuracy:.2f} %, loss {result.loss:.4f}, {result.images:,} images"
     )
-    _write_json(values["json_file"], result)
+    write_json(values["json_file"], result)
 
 
 @main.command("inspect")
-@click.argument("path", required=False, type=FILE)
-@_model_options
+@model_options
 @click.option("--plot", type=FILE, help="draw the singular-value spectra and chosen ranks")
 @click.option("--cuts", is_flag=True, help="show the local blocks instead")
-@_json_option
-def inspect_command(path: Path | None, plot: Path | None, cuts: bool, **values: Any) -> None:
+@json_option
+def inspect_command(plot: Path | None, cuts: bool, **values: Any) -> None:
     """Show a model's layers: kind, shape, scheme, rank, parameters, MACs, error."""
-    section = _model_section(path, values)
+    section = model_section(values)
     model = build(section, note=console.note)
     if cuts:
-        blocks = stiefel.describe_cuts(model)
+        blocks = describe_cuts(model)
         console.show(tables.cuts_table(blocks))
-        _write_json(values["json_file"], blocks)
+        write_json(values["json_file"], blocks)
         return
     found = inspecting.inspect(model, example=example_of(model))
     console.show(tables.inspection_table(found))
     if plot:
         draw_spectra(inspecting.spectra(model), {row.name: row.rank for row in found.layers}, plot)
-    _write_json(values["json_file"], found)
+    write_json(values["json_file"], found)
 
 
 @main.command("doctor")
-@_json_option
+@json_option
 def doctor_command(json_file: Path | None) -> None:
     """Print versions, devices, the providers that really load, and what is missing."""
     found = doctor()
     console.show(tables.doctor_table(found))
-    _write_json(json_file, found)
-
-
-def _data_section(values: dict[str, Any]) -> DataSection:
-    names = ("source", "limit_train", "limit_test")
-    given = {name: values[name] for name in names}
-    return DataSection(**given, augment=bool(values["augment"]))
+    write_json(json_file, found)
 
 
 def _layer_exception(text: str) -> tuple[str, Any]:
@@ -374,14 +308,3 @@ def _layer_exception(text: str) -> tuple[str, Any]:
     if not separator:
         raise click.UsageError(f"--layer {text}: write GLOB=RANK or GLOB=keep")
     return glob, "keep" if value == "keep" else {"rank": value}
-
-
-def _write_json(path: Path | None, result: Any) -> None:
-    if path is None:
-        return
-    data = result.model_dump(mode="json") if isinstance(result, BaseModel) else result
-    write_text(path, json.dumps(data, indent=2, default=vars) + "\n")
-
-
-def _words(model: type[BaseModel], field: str) -> str:
-    return model.model_fields[field].description or ""

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import rich.console
@@ -77,8 +78,18 @@ class Console:
 
 
 def _epoch_line(now: Mapping[str, Any]) -> str:
-    return str(now)
+    return (
+        f"epoch {now['epoch']:>3}/{now['epochs']}  loss {now['loss']:.4f}  "
+        f"train {100 * now['train_accuracy']:6.2f} %  test {100 * now['test_accuracy']:6.2f} %  "
+        f"{now['parameters']:,} parameters  {now['images_per_s']:,.0f} images/s"
+    )
 
 
 def _step_line(now: Mapping[str, Any]) -> str:
-    return str(now)
+    rank = f"  rank {now['rank']:.0f}" if now["rank"] else ""
+    left = timedelta(seconds=round(now["eta_s"]))
+    return (
+        f"epoch {now['epoch']}/{now['epochs']}  loss {now['loss']:.4f}  "
+        f"accuracy {100 * now['accuracy']:.1f} %{rank}  {now['images_per_s']:,.0f} images/s  "
+        f"{left} left"
+    )

@@ -78,6 +78,43 @@ def draw_comparison(report: Mapping[str, Any], path: Path) -> Path:
     return _save(figure, path)
 
 
+def draw_bench(rows: Sequence[Any], path: Path) -> Path:
+    """Median latency against batch size, one panel for each runtime, device and precision.
+
+    Args:
+        rows: of `export.bench.BenchReport`; the error bars reach to the 95th percentile.
+        path: the picture to write.
+    """
+    places = list(dict.fromkeys((row.runtime, row.device, row.precision) for row in rows))
+    models = list(dict.fromkeys(row.model for row in rows))
+    figure, axes = plt.subplots(
+        1, len(places), figsize=(4.2 * len(places), 3.6), squeeze=False, layout="constrained"
+    )
+    for axis, place in zip(axes.flat, places, strict=True):
+        for model, colour in zip(models, _colours(len(models)), strict=True):
+            here = [r for r in rows if (r.runtime, r.device, r.precision) == place]
+            mine = [row for row in here if row.model == model]
+            middle = [row.latency_ms_p50 for row in mine]
+            above = [max(0.0, row.latency_ms_p95 - row.latency_ms_p50) for row in mine]
+            axis.errorbar(
+                [row.batch for row in mine],
+                middle,
+                yerr=[[0] * len(mine), above],
+                fmt="o-",
+                capsize=3,
+                markersize=4,
+                color=colour,
+                label=model,
+            )
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_title(", ".join(place), fontsize=10)
+        axis.set_xlabel("batch")
+    axes.flat[0].set_ylabel("latency, ms (bar: to the 95th percentile)")
+    axes.flat[0].legend(frameon=False)
+    return _save(figure, path)
+
+
 def draw_spectra(
     spectra: Mapping[str, Sequence[float]], ranks: Mapping[str, int | None], path: Path
 ) -> Path:
@@ -99,6 +136,12 @@ def draw_spectra(
     figure.supxlabel("singular direction; the line is the chosen rank", fontsize=9)
     figure.supylabel("singular value / largest", fontsize=9)
     return _save(figure, path)
+
+
+def _colours(count: int) -> list[Any]:
+    """The dense colour, the factored colour, and a map's for more models than two."""
+    more = plt.get_cmap("viridis")
+    return [DENSE, FACTORED, *(more(k / max(1, count - 2)) for k in range(count - 2))][:count]
 
 
 def _rule(report: Mapping[str, Any]) -> str:

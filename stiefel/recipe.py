@@ -67,7 +67,7 @@ class ConvertSection(Settings):
     rank: str = Field(
         "params=0.5",
         coerce_numbers_to_str=True,
-        description="32 (rank), 0.25 (of full rank), energy=0.95, params=0.5, macs=0.5, latency=0.5",
+        description="32, 0.25 (of full rank), energy=0.95, params=0.5, macs=0.5 or latency=0.5",
     )
     scheme: Literal["spatial", "channel", "auto"] = Field(
         "spatial", description="how a kernel becomes a matrix"
@@ -106,7 +106,7 @@ class ExportSection(Settings):
 
 
 class Recipe(Settings):
-    """A whole road: build, (pretrain,) convert, train, export, bench. Absent sections are skipped."""
+    """A whole road: build, pretrain, convert, train, export, bench; absent sections are skipped."""
 
     name: str = Field("run", description="names the run folder")
     seed: int = Field(0, ge=0, description="the one seed of everything random")
@@ -148,7 +148,7 @@ def load_recipe(path: str | Path, changes: tuple[str, ...] = ()) -> Recipe:
         raise StiefelError(f"{path}: a recipe is a mapping of sections such as model: and convert:")
     for change in changes:
         _apply(document, change)
-    # An empty section (`convert:` and nothing below) asks for its defaults; `convert: off` for none.
+    # An empty section (`convert:`, nothing below) asks for its defaults, `convert: off` for none.
     document = {
         key: {} if value is None else value for key, value in document.items() if value is not False
     }

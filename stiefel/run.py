@@ -110,8 +110,8 @@ def open_data(section: DataSection, model: nn.Module, *, seed: int) -> Data:
     )
     if len(data.classes) > spec.num_classes:
         raise StiefelError(
-            f"{section.source} has {len(data.classes)} classes, {spec.name} tells {spec.num_classes} "
-            "apart; give the model argument num_classes"
+            f"{section.source} has {len(data.classes)} classes, {spec.name} tells "
+            f"{spec.num_classes} apart; give the model argument num_classes"
         )
     return data
 
@@ -129,7 +129,7 @@ def require_spec(model: nn.Module) -> ModelSpec:
 
 
 def example_of(model: nn.Module, batch: int = 1) -> torch.Tensor:
-    """A seeded random batch (batch, C, H, W) of the model's own input shape, float32, on the CPU."""
+    """A seeded random batch (batch, C, H, W) of the model's input shape, float32, on the CPU."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(batch, *require_spec(model).input.shape, generator=generator)
 
@@ -162,8 +162,6 @@ def make_plan(
         parse_rank(section.rank),
         scheme=section.scheme,
         example=example_of(model),
-        calibration=calibration,
-        settings=section.calibration,
         layers=section.layers,
         device=device,
         progress=progress,
@@ -206,8 +204,6 @@ class Road:
             model = factoring.convert(
                 dense,
                 plan,
-                calibration=calibration,
-                settings=section.calibration,
                 device=self.device,
                 progress=progress,
             )
@@ -223,9 +219,7 @@ class Road:
         if "trained" in self.figures:
             return load_any(path)
         teacher = dense if section.teach and model is not dense else None
-        settings = TrainSettings(
-            **section.model_dump(exclude={"rule", "teach"}),
-        )
+        settings = TrainSettings(**section.model_dump(exclude={"rule", "teach"}))
         history = self._train("training", model, section.rule, settings, teacher)
         save_factored(model, path, history={"step": "train-local", "rule": section.rule.name})
         self.figures["training"] = history_figures(history)
@@ -270,7 +264,7 @@ class Road:
                 progress=progress,
             )
         self.figures["bench_ratios"] = [r.model_dump(mode="json") for r in result.ratios]
-        self.figures["bench_ceilings"] = result.ceilings
+        self.figures["bench_ceilings"] = list(result.ceilings)
         self._keep("bench", [row.model_dump(mode="json") for row in result.rows])
 
     def finish(self) -> dict[str, Any]:
@@ -342,7 +336,7 @@ class Road:
         if rule is not None:
             batch = example_of(model, MEMORY_BATCH)
             figures["activation_memory_mib"] = activation_memory_mib(
-                model, rule, batch, teacher=teacher
+                model, rule, batch, num_classes=require_spec(model).num_classes, teacher=teacher
             )
             figures["activation_memory_batch"] = MEMORY_BATCH
         if any(isinstance(v, float) and not math.isfinite(v) for v in figures.values()):

@@ -1,15 +1,19 @@
 """Short human summaries of what the rooms return, for the terminal."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel
 from rich.table import Table
 
 from converter.errors import StiefelError
 from converter.inspect import Inspection
 from converter.ranks import RankPlan
+from export.bench_report import BenchReport
+from export.result import ExportResult
 
 
 def as_yaml(document: Mapping[str, Any]) -> str:
@@ -40,6 +44,19 @@ def shown(value: Any) -> str:
     if isinstance(value, tuple | list):
         return "×".join(str(part) for part in value)
     return str(value)
+
+
+def plain(result: Any) -> Any:
+    """A result of any room as data that JSON can hold."""
+    if isinstance(result, BaseModel):
+        return result.model_dump(mode="json")
+    if is_dataclass(result):
+        return plain(asdict(result))
+    if isinstance(result, Mapping):
+        return {str(key): plain(value) for key, value in result.items()}
+    if isinstance(result, list | tuple):
+        return [plain(value) for value in result]
+    return str(result) if isinstance(result, Path) else result
 
 
 def plan_table(plan: RankPlan) -> Table:
@@ -89,6 +106,55 @@ def inspection_table(found: Inspection) -> Table:
     header = ["layer", "kind", "shape", "scheme", "rank", "parameters", "MACs", "error"]
     title = f"{found.parameters:,} parameters, {found.macs:,} MACs an image"
     return grid(title, [*header, "why dense"], rows, left=4)
+
+
+def bench_table(result: BenchReport) -> Table:
+    """Every timing, with the speed-up against the first model."""
+    speedups = {
+        (r.model, r.runtime, r.device, r.precision, r.batch): f"{r.speedup:.2f}×"
+        for r in result.ratios
+    }
+    rows = []
+    for row in result.rows:
+        place = (row.model, row.runtime, row.device, row.precision, row.batch)
+        times = (row.latency_ms_p50, row.latency_ms_p95, row.latency_ms_p99)
+        rows.append((*place, *times, f"{row.throughput_per_s:,.0f}", speedups.get(place, "")))
+    header = ["model", "runtime", "device", "precision", "batch"]
+    return grid("", [*header, "p50 ms", "p95 ms", "p99 ms", "images/s", "speed-up"], rows, left=4)
+
+
+def cuts_table(blocks: Sequence[Mapping[str, Any]]) -> Table:
+    """The local blocks: what trains together, and the tensors that leave each block."""
+    rows = [
+        (
+            block["block"],
+            ", ".join(block["layers"]),
+            block["parameters"],
+            ", ".join(shown(root["shape"]) for root in block["roots"]),
+        )
+        for block in blocks
+    ]
+    return grid(f"{len(rows)} local blocks", ["block", "layers", "parameters", "leaves"], rows, 2)
+
+
+def doctor_table(found: Mapping[str, Any]) -> Table:
+    """What this installation can do, with what to do about the rest."""
+    rows = [(key.replace("_", " "), str(value)) for key, value in found["environment"].items()]
+    rows += [(f"ONNX Runtime, {name}", said) for name, said in found["providers"].items()]
+    rows += [("compiler", found["compiler"] or "none: torch.compile needs one on the CPU")]
+    rows += [("to do", remedy) for remedy in found["remedies"]]
+    return grid("stiefel doctor", ["", ""], rows, left=2)
+
+
+def export_line(result: ExportResult) -> str:
+    """What was written and what was proved of it."""
+    merged = f", {len(result.merged)} merged back to dense" if result.merged else ""
+    folded = f", {len(result.folded)} batch norms folded" if result.folded else ""
+    return (
+        f"Wrote {result.path} ({file_size(result.path)}, {result.precision}): "
+        f"{len(result.ranks)} factored layers{merged}{folded}. Largest difference from torch: "
+        f"{result.max_abs_error:.1e} over {result.outputs_compared:,} {result.compared}."
+    )
 
 
 def read_plan(path: Path) -> RankPlan:

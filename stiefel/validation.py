@@ -44,7 +44,7 @@ def line_of(node: yaml.Node | None, location: Location) -> int | None:
 
 
 def _walk(location: Location, model: type[BaseModel]) -> tuple[list[int | str], Any]:
-    """The location as the user wrote it, without the tags that unions add, and what stands there."""
+    """The location as written, without the tags that unions add, and what may stand there."""
     names: list[int | str] = []
     annotation: Any = model
     for part in location:

@@ -1,0 +1,93 @@
+"""The command-line options that several commands share: which model, which images, where to."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from converter.files import write_text
+from converter.models import parse_args
+from stiefel.options import collect, settings_options
+from stiefel.recipe import DataSection, ModelSection
+from stiefel.tables import plain
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+FILE = click.Path(path_type=Path)
+
+json_option = click.option("--json", "json_file", type=FILE, help="write the result as JSON")
+seed_option = click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+device_option = click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True
+)
+
+
+def model_options(command: Command) -> Command:
+    """What names a model: its factory and weights, or a checkpoint of ours as an argument."""
+    decorators = (
+        click.argument("path", required=False, metavar="[CHECKPOINT]"),
+        click.option("--model", "name", help=_words(ModelSection, "name")),
+        settings_options(ModelSection, exclude=("name", "args", "rename")),
+        click.option("--model-arg", multiple=True, metavar="KEY=VALUE", help="for its factory"),
+        click.option("--rename", multiple=True, metavar="REGEX=…", help="rules for tensor names"),
+    )
+    for decorator in reversed(decorators):
+        command = decorator(command)
+    return command
+
+
+def model_section(values: dict[str, Any]) -> ModelSection:
+    """What the model options say.
+
+    Raises:
+        click.UsageError: two models are named, or none.
+    """
+    path, name = values.get("path"), values.get("name")
+    if path is not None and values.get("checkpoint") is not None:
+        raise click.UsageError("name one checkpoint: as an argument or with --checkpoint")
+    if path is not None and name is None and ":" in path and not Path(path).exists():
+        path, name = None, path
+    if path is not None:
+        values = {**values, "checkpoint": path}
+    if name is None and values.get("checkpoint") is None:
+        raise click.UsageError("name a model: a checkpoint of stiefel's, or --model NAME")
+    return collect(
+        ModelSection,
+        values,
+        name=name,
+        args=parse_args(values["model_arg"]),
+        rename=values["rename"],
+    )
+
+
+def data_options(command: Command) -> Command:
+    """What names the images."""
+    decorators = (
+        click.option("--data", "source", required=True, help=_words(DataSection, "source")),
+        settings_options(DataSection, exclude=("source",)),
+    )
+    for decorator in reversed(decorators):
+        command = decorator(command)
+    return command
+
+
+def data_section(values: dict[str, Any]) -> DataSection:
+    """What the data options say."""
+    return collect(DataSection, values, source=values["source"])
+
+
+def write_json(path: Path | None, result: Any) -> None:
+    """Write a result for machines, where a file was named for it."""
+    if path is not None and is_main_process():
+        write_text(path, json.dumps(plain(result), indent=2) + "\n")
+
+
+def is_main_process() -> bool:
+    """Under torchrun every process runs the command; one of them writes."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def _words(model: type[ModelSection] | type[DataSection], field: str) -> str:
+    return model.model_fields[field].description or ""
