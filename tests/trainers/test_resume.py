@@ -1,0 +1,242 @@
+"""A run that was interrupted and resumed equals one that wasn't, bit for bit."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from torch import nn
+
+from converter.checkpoints import load_factored
+from converter.convert import convert, plan
+from converter.errors import StiefelError
+from converter.factors import factored_layers
+from trainers.data import Data, load_data
+from trainers.rank_schedule import RankSchedule
+from trainers.rules import BP, SSA
+from trainers.trainer import TrainSettings, train_local
+
+MOMENTARY = {"seconds", "images_per_s", "peak_memory_mib"}
+
+
+@pytest.fixture(scope="module")
+def data() -> Data:
+    return load_data("digits", limit_train=96, limit_test=40)
+
+
+def network(width: int = 24, factored: bool = True) -> nn.Module:
+    torch.manual_seed(1)
+    dense = nn.Sequential(
+        nn.Conv2d(1, width, 3, padding=1),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.Dropout(0.2),
+        nn.Conv2d(width, 24, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(384, 10),
+    )
+    return convert(dense, plan(dense, "0.4")) if factored else dense
+
+
+def settings(**changes) -> TrainSettings:
+    plain = {"epochs": 3, "batch_size": 16, "log_every": 1, "device": "cpu", "retract_every": 2}
+    return TrainSettings(**{**plain, **changes})
+
+
+class InterruptAt:
+    """Sends a signal to this process when training reports a step, or an epoch done.
+
+    It is then in the middle of things, and stops after the step that follows.
+    """
+
+    def __init__(self, epoch: int, step: int | None, number: int = signal.SIGINT):
+        self.place, self.number = (epoch, step), number
+
+    def __call__(self, now: dict) -> None:
+        if (now["epoch"], now.get("step")) == self.place:
+            self.place = None
+            os.kill(os.getpid(), self.number)
+
+
+def assert_same(one, other, path="state"):
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), path
+        for key in one.keys() - MOMENTARY:
+            assert_same(one[key], other[key], f"{path}.{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), path
+        for index, pair in enumerate(zip(one, other, strict=True)):
+            assert_same(*pair, f"{path}.{index}")
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), path
+    else:
+        assert one == other, path
+
+
+RUNS = {
+    "ssa": (SSA(), {}),
+    "backprop with momentum, accumulated": (
+        BP(),
+        {"optimizer": "sgd", "lr": 0.05, "accumulate": 2, "clip": 1.0, "label_smoothing": 0.1},
+    ),
+    "falling ranks": (
+        SSA(),
+        {"ranks": RankSchedule(final="params=0.4", start=2, end=3, floor=2), "retraction": "qr"},
+    ),
+    "bf16": (BP(), {"precision": "bf16"}),
+    "fp16": (BP(), {"precision": "fp16", "schedule": "linear"}),
+}
+PLACES = {
+    "mid-epoch": (2, 3),
+    "after the last step of an epoch": (2, 6),
+    "after an epoch": (1, None),
+    "in the first step": (1, 1),
+}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, data):
+    """The state that each kind of run ends with, made once."""
+    kept = {}
+
+    def final(name: str) -> dict:
+        if name not in kept:
+            out = tmp_path_factory.mktemp("whole")
+            rule, changes = RUNS[name]
+            train_local(network(), data, rule=rule, settings=settings(**changes), out=out)
+            kept[name] = torch.load(out / "state.pt", weights_only=True)
+        return kept[name]
+
+    return final
+
+
+@pytest.mark.parametrize(
+    ("run", "place"),
+    [
+        ("ssa", "mid-epoch"),
+        ("ssa", "after the last step of an epoch"),
+        ("ssa", "after an epoch"),
+        ("ssa", "in the first step"),
+        ("backprop with momentum, accumulated", "mid-epoch"),
+        ("falling ranks", "mid-epoch"),
+        ("falling ranks", "after an epoch"),
+        ("bf16", "mid-epoch"),
+        ("fp16", "mid-epoch"),
+    ],
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(run, place, uninterrupted, data, tmp_path):
+    rule, changes = RUNS[run]
+    rest = {"rule": rule, "settings": settings(**changes), "out": tmp_path}
+    first = train_local(network(), data, progress=InterruptAt(*PLACES[place]), **rest)
+    assert first.interrupted
+    torch.rand(7)  # another process would be in another random state
+    model = network()
+    second = train_local(model, data, resume=True, **rest)
+    assert not second.interrupted
+    assert [record["epoch"] for record in second.records] == [1, 2, 3]
+    whole = uninterrupted(run)
+    assert_same(whole, torch.load(tmp_path / "state.pt", weights_only=True))
+    assert_same(dict(model.state_dict()), dict(whole["network"]))
+
+
+def test_a_run_that_was_killed_goes_on_from_its_last_epoch(uninterrupted, data, tmp_path):
+    def die(now):
+        if (now["epoch"], now.get("step")) == (3, 2):
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        train_local(network(), data, rule=SSA(), settings=settings(), out=tmp_path, progress=die)
+    train_local(network(), data, rule=SSA(), settings=settings(), out=tmp_path, resume=True)
+    assert_same(uninterrupted("ssa"), torch.load(tmp_path / "state.pt", weights_only=True))
+
+
+def test_a_run_can_be_interrupted_again_and_again(uninterrupted, data, tmp_path):
+    rest = {"rule": SSA(), "settings": settings(), "out": tmp_path}
+    assert train_local(network(), data, progress=InterruptAt(1, 2), **rest).interrupted
+    for place in [(1, 4), (2, 1), (3, 4)]:
+        again = train_local(network(), data, progress=InterruptAt(*place), resume=True, **rest)
+        assert again.interrupted
+    train_local(network(), data, resume=True, **rest)
+    assert_same(uninterrupted("ssa"), torch.load(tmp_path / "state.pt", weights_only=True))
+
+
+def test_sigterm_keeps_a_checkpoint_of_the_step_in_hand_and_gives_the_handlers_back(data, tmp_path):
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    model = network()
+    stop = InterruptAt(2, 3, signal.SIGTERM)
+    history = train_local(model, data, settings=settings(), out=tmp_path, progress=stop)
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    assert history.interrupted
+    assert len(history.records) == 1
+    kept = load_factored(tmp_path / "last.safetensors", model=network(factored=False))
+    assert_same(dict(kept.state_dict()), dict(model.state_dict()))
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert (state["epoch"], state["step"], state["finished"]) == (2, 4, False)
+
+
+def test_the_log_holds_each_epoch_once_and_resuming_a_finished_run_trains_no_more(data, tmp_path):
+    rest = {"settings": settings(), "out": tmp_path}
+    train_local(network(), data, progress=InterruptAt(2, 3), **rest)
+    train_local(network(), data, resume=True, **rest)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+    before = (tmp_path / "state.pt").read_bytes()
+    model = network()
+    history = train_local(model, data, resume=True, **rest)
+    assert [r["loss"] for r in history.records] == [line["loss"] for line in lines]
+    assert (tmp_path / "state.pt").read_bytes() == before
+    assert_same(dict(torch.load(tmp_path / "state.pt")["network"]), dict(model.state_dict()))
+
+
+def test_ranks_of_a_resumed_model_are_those_it_had_fallen_to(data, tmp_path):
+    rule, changes = RUNS["falling ranks"]
+    rest = {"rule": rule, "settings": settings(**changes), "out": tmp_path}
+    interrupted = network()
+    train_local(interrupted, data, progress=InterruptAt(2, 1), **rest)
+    ranks = {name: layer.rank for name, layer in factored_layers(interrupted).items()}
+    assert ranks != {name: layer.rank for name, layer in factored_layers(network()).items()}
+    model = network()
+    train_local(model, data, resume=True, progress=InterruptAt(2, 3), **rest)
+    assert {name: layer.rank for name, layer in factored_layers(model).items()} == ranks
+
+
+@pytest.fixture
+def interrupted(data, tmp_path):
+    train_local(network(), data, settings=settings(), out=tmp_path, progress=InterruptAt(1, 2))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "says"),
+    [
+        (lambda: network(width=32), {}, "of another architecture: 0.weight is .* in this model"),
+        (lambda: network(factored=False), {"rule": BP()}, "begun with"),
+        (network, {"settings": settings(lr=0.5)}, "begun with lr=0.002, not 0.5"),
+        (network, {"rule": SSA(pool=2)}, "begun with pool=4, not 2"),
+        (network, {"out": None}, "give the folder"),
+    ],
+)
+def test_resuming_something_else_is_one_clear_error(interrupted, data, model, changes, says):
+    before = (interrupted / "state.pt").read_bytes()
+    rest = {"settings": settings(), "out": interrupted, **changes}
+    with pytest.raises(StiefelError, match=says):
+        train_local(model(), data, resume=True, **rest)
+    assert (interrupted / "state.pt").read_bytes() == before
+
+
+def test_an_interrupted_run_is_not_thrown_away_by_starting_anew(interrupted, data):
+    before = (interrupted / "state.pt").read_bytes()
+    with pytest.raises(StiefelError, match="holds an interrupted run; resume it"):
+        train_local(network(), data, settings=settings(), out=interrupted)
+    assert (interrupted / "state.pt").read_bytes() == before
+
+
+def test_a_missing_or_damaged_state_is_one_clear_error(interrupted, data, tmp_path):
+    with pytest.raises(StiefelError, match="nothing to resume: there is no"):
+        train_local(network(), data, settings=settings(), out=tmp_path / "other", resume=True)
+    state = interrupted / "state.pt"
+    state.write_bytes(state.read_bytes()[:-1000])
+    with pytest.raises(StiefelError, match="is damaged"):
+        train_local(network(), data, settings=settings(), out=interrupted, resume=True)
