@@ -70,7 +70,7 @@ def load_data(
     kind, _, rest = spec.partition(":")
     if kind not in KINDS:
         if ":" in spec and (".py:" in spec or "." in kind):
-            return _from_factory(spec, limit_train, limit_test, seed)
+            return _from_factory(spec, input, limit_train, limit_test, seed)
         near = did_you_mean(kind, KINDS) or f"; there are {', '.join(KINDS)}, FILE.py:factory"
         raise StiefelError(f"unknown data '{spec}'{near}")
     if not rest and kind != "digits":
@@ -111,7 +111,9 @@ def images(dataset: Dataset[Item], count: int, seed: int = 0) -> Tensor:
     return torch.stack([dataset[index][0] for index in order.tolist()])
 
 
-def _from_factory(name: str, limit_train: int | None, limit_test: int | None, seed: int) -> Data:
+def _from_factory(
+    name: str, input: InputSpec | None, limit_train: int | None, limit_test: int | None, seed: int
+) -> Data:
     made = call_factory(name, import_factory(name), {})
     if not isinstance(made, Data):
         if not isinstance(made, tuple | list) or len(made) not in (2, 3):
@@ -122,9 +124,14 @@ def _from_factory(name: str, limit_train: int | None, limit_test: int | None, se
         if names is None:
             names = [str(label) for label in range(int(_labels(train).max()) + 1)]
         made = Data(train, test, tuple(map(str, names)), name)
-    for part in (made.train, made.test):
-        if len(part) and not _is_item(part[0]):  # type: ignore[arg-type]
+    for part in filter(len, (made.train, made.test)):  # type: ignore[arg-type]
+        if not _is_item(part[0]):
             raise StiefelError(f"{name} must give items (float32 image (C, H, W), int label)")
+        shape = tuple(part[0][0].shape)
+        if input is not None and shape != input.shape:
+            raise StiefelError(
+                f"{name} gives images {_x(shape)}, the model expects {_x(input.shape)}"
+            )
     limited = (
         _limited(part, limit, seed)
         for part, limit in ((made.train, limit_train), (made.test, limit_test))

@@ -3,7 +3,8 @@
 Each source gives uint8 images of any size with labels; `trainers.data` fits them to a model.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,7 +61,9 @@ def _digits(rest: str, input: InputSpec | None) -> Sources:
 
 def _cifar(kind: str, dataset: type[datasets.CIFAR10]) -> Callable[..., Sources]:
     def load(rest: str, input: InputSpec | None) -> Sources:
-        root = Path(rest)
+        if input is not None and input.shape[0] != 3:
+            raise StiefelError(f"{kind} has 3 channels, the model expects {input.shape[0]}")
+        root = Path(rest).expanduser()
         if root.name == dataset.base_folder:
             root = root.parent
         if not (root / dataset.base_folder).is_dir():
@@ -84,7 +87,7 @@ def _cifar(kind: str, dataset: type[datasets.CIFAR10]) -> Callable[..., Sources]
 
 
 def _image_folder(rest: str, input: InputSpec | None) -> Sources:
-    root = Path(rest)
+    root = Path(rest).expanduser()
     if not root.is_dir():
         raise StiefelError(f"there is no folder {root}")
     test = next((root / name for name in _TEST_FOLDERS if (root / name).is_dir()), None)
@@ -186,25 +189,31 @@ def _files(files: list[tuple[str, int]], channels: int) -> Source:
 
 def _read_image(file: str, channels: int) -> Tensor:
     """uint8 (channels, h, w)."""
-    try:
-        with Image.open(file) as image:
-            grey = image.mode in ("1", "L", "LA")
-            if image.mode.startswith(("I", "F")):
-                raise StiefelError(f"image {file} has more than 8 bits a channel; convert it to 8")
-            if channels == 1 and not grey:
-                raise StiefelError(f"image {file} is in colour, the model expects 1 channel")
-            return VF.pil_to_tensor(image.convert(CHANNEL_MODES[channels]))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise StiefelError(f"cannot read image {file}: {error}") from error
+    with _open(file) as image:
+        grey = image.mode in ("1", "L", "LA")
+        if image.mode.startswith(("I", "F")):
+            raise StiefelError(f"image {file} has more than 8 bits a channel; convert it to 8")
+        if channels == 1 and not grey:
+            raise StiefelError(f"image {file} is in colour, the model expects 1 channel")
+        return VF.pil_to_tensor(image.convert(CHANNEL_MODES[channels]))
 
 
 def _input_like(file: str) -> InputSpec:
     """What suits a folder of such images: their own size if small, else ImageNet's."""
-    with Image.open(file) as image:
+    with _open(file) as image:
         channels = 1 if image.mode in ("1", "L") else 3
         if max(image.size) > SMALL_SIDE:
             return InputSpec.natural((channels, 224, 224), resize=256)
         return InputSpec.natural((channels, image.height, image.width))
+
+
+@contextmanager
+def _open(file: str) -> Iterator[Image.Image]:
+    try:
+        with Image.open(file) as image:
+            yield image
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise StiefelError(f"cannot read image {file}: {error}") from error
 
 
 def _in_memory(pixels: Tensor, labels: Tensor) -> Source:
