@@ -26,7 +26,10 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     # A unique name lets two writers race without seeing each other's half-written file.
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
+        temporary.touch(exist_ok=False)
+        mode = temporary.stat().st_mode  # what the user's umask says
         yield temporary
+        temporary.chmod(mode)  # some writers make a private file of it
         os.replace(temporary, target)
     except OSError as error:
         raise StiefelError(f"cannot write {target}: {error.strerror or error}") from error

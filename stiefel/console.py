@@ -7,7 +7,14 @@ from datetime import timedelta
 from typing import Any
 
 import rich.console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 Step = Callable[[str, int, int], None]
 Metrics = Callable[[Mapping[str, Any]], None]
@@ -17,16 +24,21 @@ class Console:
     """Results go to standard output, everything about the way there to standard error."""
 
     def __init__(self) -> None:
-        self._out = rich.console.Console(file=sys.stdout, soft_wrap=True, highlight=False)
-        self._err = rich.console.Console(file=sys.stderr, soft_wrap=True, highlight=False)
+        # A file or a pipe has no width of its own; the tables are made for this one.
+        width = None if sys.stdout.isatty() else 110
+        self._out = rich.console.Console(file=sys.stdout, width=width, highlight=False)
+        self._err = rich.console.Console(file=sys.stderr, highlight=False)
 
     def show(self, thing: Any) -> None:
         """Print a result: a line or a rich table."""
-        self._out.print(thing, markup=False) if isinstance(thing, str) else self._out.print(thing)
+        if isinstance(thing, str):
+            self._out.print(thing, markup=False, soft_wrap=True)
+        else:
+            self._out.print(thing)
 
     def note(self, text: str) -> None:
         """Remark on something the user may want to know."""
-        self._err.print(f"note: {text}", markup=False, style="dim")
+        self._err.print(f"note: {text}", markup=False, style="dim", soft_wrap=True)
 
     @contextmanager
     def status(self, what: str) -> Iterator[None]:
@@ -44,7 +56,7 @@ class Console:
             TimeRemainingColumn(),
             TextColumn("{task.description}", markup=False),
         )
-        with Progress(*columns, console=self._err, transient=True) as bar:
+        with self._bar(*columns) as bar:
             task = bar.add_task("", total=None)
 
             def step(what: str, done: int, total: int) -> None:
@@ -60,12 +72,13 @@ class Console:
             BarColumn(bar_width=28),
             TextColumn("{task.description}", markup=False),
         )
-        with Progress(*columns, console=self._err, transient=True) as bar:
+        with self._bar(*columns) as bar:
             task = bar.add_task("", total=None)
 
             def metrics(now: Mapping[str, Any]) -> None:
                 if now.get("epoch_done"):
-                    bar.console.print(f"{title}  {_epoch_line(now)}", markup=False)
+                    line = f"{title}  {_epoch_line(now)}"
+                    bar.console.print(line, markup=False, soft_wrap=True)
                 else:
                     bar.update(
                         task,
@@ -75,6 +88,12 @@ class Console:
                     )
 
             yield metrics
+
+    def _bar(self, *columns: ProgressColumn) -> Progress:
+        # Where nobody watches, a bar would only leave blank lines in the log.
+        return Progress(
+            *columns, console=self._err, transient=True, disable=not self._err.is_terminal
+        )
 
 
 def _epoch_line(now: Mapping[str, Any]) -> str:

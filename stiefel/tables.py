@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 from pydantic import BaseModel
+from rich.markup import escape
 from rich.table import Table
 
 from converter.errors import StiefelError
@@ -23,7 +24,7 @@ def as_yaml(document: Mapping[str, Any]) -> str:
 
 def grid(title: str, header: Sequence[str], rows: Iterable[Sequence[Any]], left: int = 1) -> Table:
     """A table whose first `left` columns stand to the left, the others to the right."""
-    view = Table(title=title, title_justify="left")
+    view = Table(title=title or None, title_justify="left", caption_justify="left")
     for place, name in enumerate(header):
         view.add_column(name, justify="left" if place < left else "right", overflow="fold")
     for row in rows:
@@ -71,12 +72,13 @@ def plan_table(plan: RankPlan) -> Table:
             layer.dense_parameters,
             layer.factored_parameters,
             layer.expected_error if layer.rank is not None else None,
-            layer.reason or "",
         )
         for layer in plan.layers
     ]
-    header = ["layer", "kind", "shape", "scheme", "rank", "dense", "planned", "error", "why dense"]
-    return grid(f"Rank plan, {plan.policy}: {totals(plan)}", header, rows, left=4)
+    header = ["layer", "kind", "shape", "scheme", "rank", "parameters", "planned", "error"]
+    view = grid(f"Rank plan, {plan.policy}: {totals(plan)}", header, rows, left=4)
+    view.caption = _reasons((layer.reason, layer.name) for layer in plan.layers)
+    return view
 
 
 def totals(plan: RankPlan) -> str:
@@ -99,13 +101,14 @@ def inspection_table(found: Inspection) -> Table:
             row.parameters,
             row.macs,
             row.error,
-            row.reason or "",
         )
         for row in found.layers
     ]
     header = ["layer", "kind", "shape", "scheme", "rank", "parameters", "MACs", "error"]
     title = f"{found.parameters:,} parameters, {found.macs:,} MACs an image"
-    return grid(title, [*header, "why dense"], rows, left=4)
+    view = grid(title, header, rows, left=4)
+    view.caption = _reasons((row.reason, row.name) for row in found.layers)
+    return view
 
 
 def bench_table(result: BenchReport) -> Table:
@@ -177,6 +180,16 @@ def file_size(path: Path) -> str:
     """The size of a file, in KiB or MiB."""
     size = path.stat().st_size
     return f"{size / 2**20:.2f} MiB" if size >= 2**20 else f"{size / 2**10:.1f} KiB"
+
+
+def _reasons(pairs: Iterable[tuple[str | None, str]]) -> str | None:
+    """Why layers stayed dense: each reason once, with the layers that it holds for."""
+    layers: dict[str, list[str]] = {}
+    for reason, name in pairs:
+        if reason:
+            layers.setdefault(reason, []).append(name)
+    lines = [f"Dense, {reason}: {', '.join(names)}" for reason, names in layers.items()]
+    return escape("\n".join(lines)) or None
 
 
 def _change(what: str, before: int, after: int) -> str:
