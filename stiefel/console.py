@@ -26,8 +26,8 @@ class Console:
     def __init__(self) -> None:
         # A file or a pipe has no width of its own; the tables are made for this one.
         width = None if sys.stdout.isatty() else 110
-        self._out = rich.console.Console(file=sys.stdout, width=width, highlight=False)
-        self._err = rich.console.Console(file=sys.stderr, highlight=False)
+        self._out = rich.console.Console(width=width, highlight=False)
+        self._err = rich.console.Console(stderr=True, highlight=False)
 
     def show(self, thing: Any) -> None:
         """Print a result: a line or a rich table."""

@@ -156,7 +156,8 @@ def load_recipe(path: str | Path, changes: tuple[str, ...] = ()) -> Recipe:
     try:
         return Recipe.model_validate(document)
     except ValidationError as error:
-        problem = error.errors()[0]
+        # A misspelt key is often why another is missing, and tells more.
+        problem = min(error.errors(), key=lambda p: p["type"] != "extra_forbidden")
         line = line_of(node, problem["loc"])
         raise StiefelError(
             f"{path}{f', line {line}' if line else ''}: {describe(problem, Recipe)}"

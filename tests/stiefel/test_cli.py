@@ -1,0 +1,194 @@
+"""What a person types and sees: every command does its work or says in one line why not."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from converter.checkpoints import load_any, save_dense
+from converter.factors import factored_layers
+from converter.models import load
+from stiefel.cli import main
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+
+
+def stiefel(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("models") / "dense.safetensors"
+    save_dense(load("zoo:digits"), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def small(dense):
+    path = dense.with_name("small.safetensors")
+    result = stiefel("convert", dense, "--rank", "params=0.5", "-o", path)
+    assert result.exit_code == 0, result.output
+    return path
+
+
+def test_convert_prints_the_plan_and_writes_a_factored_checkpoint(dense, tmp_path):
+    out, plan = tmp_path / "small.safetensors", tmp_path / "plan.json"
+    result = stiefel(
+        *("convert", dense, "--rank", "0.25", "--layer", "features.3=keep"),
+        *("--plan-out", plan, "-o", out, "--json", tmp_path / "result.json"),
+    )
+    assert result.exit_code == 0, result.output
+    assert "Rank plan" in result.stdout
+    assert "kept by request: features.3" in result.stdout
+    layers = factored_layers(load_any(out))
+    assert layers
+    assert "features.3" not in layers
+    again = stiefel("convert", dense, "--plan", plan, "-o", tmp_path / "again.safetensors")
+    assert again.exit_code == 0, again.output
+    ranks = {name: layer.rank for name, layer in layers.items()}
+    found = factored_layers(load_any(tmp_path / "again.safetensors"))
+    assert {name: layer.rank for name, layer in found.items()} == ranks
+    assert json.loads((tmp_path / "result.json").read_text())["layers"]
+
+
+def test_a_dry_run_writes_nothing(dense, tmp_path):
+    before = sorted(dense.parent.iterdir())
+    assert stiefel("convert", dense, "--dry-run").exit_code == 0
+    result = stiefel("run", RECIPES / "digits.yaml", "--dry-run", "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    assert "rank: params=0.5" in result.stdout
+    assert "Rank plan" in result.stdout
+    assert sorted(dense.parent.iterdir()) == before
+    assert not (tmp_path / "run").exists()
+
+
+def test_train_export_evaluate_inspect_and_bench_take_on_what_convert_wrote(dense, small, tmp_path):
+    trained, onnx = tmp_path / "trained.safetensors", tmp_path / "small.onnx"
+    result = stiefel(
+        *("train-local", small, "--data", "digits", "--limit-train", 200, "--epochs", 1),
+        *("--teacher", dense, "-o", trained, "--json", tmp_path / "history.json"),
+    )
+    assert result.exit_code == 0, result.output
+    history = json.loads((tmp_path / "history.json").read_text())
+    assert len(history["records"]) == 1
+
+    result = stiefel("evaluate", trained, "--data", "digits", "--json", tmp_path / "accuracy.json")
+    assert result.exit_code == 0, result.output
+    measured = json.loads((tmp_path / "accuracy.json").read_text())
+    assert measured["accuracy"] == history["records"][0]["test_accuracy"]
+    assert f"{100 * measured['accuracy']:.2f} %" in result.stdout
+
+    result = stiefel("export", trained, "-o", onnx, "--data", "digits")
+    assert result.exit_code == 0, result.output
+    assert "Largest difference from torch" in result.stdout
+    result = stiefel("export", trained, "-o", tmp_path / "compact.safetensors")
+    assert result.exit_code == 0, result.output
+
+    result = stiefel("inspect", trained, "--plot", tmp_path / "spectra.png")
+    assert result.exit_code == 0, result.output
+    assert "factored Conv2d" in result.stdout
+    assert (tmp_path / "spectra.png").read_bytes().startswith(b"\x89PNG")
+    result = stiefel("inspect", trained, "--cuts")
+    assert result.exit_code == 0, result.output
+    assert "local blocks" in result.stdout
+
+    result = stiefel(
+        *("bench", dense, trained, onnx, "--batches", "1", "--rounds", 3, "--calls", 2),
+        *("--seconds", "0.1", "--plot", tmp_path / "bench.png", "--json", tmp_path / "b.json"),
+    )
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "b.json").read_text())["rows"]
+    assert {row["runtime"] for row in rows} == {"torch", "onnxruntime"}
+    assert (tmp_path / "bench.png").exists()
+
+
+def test_doctor_tells_versions_and_providers(tmp_path):
+    result = stiefel("doctor", "--json", tmp_path / "doctor.json")
+    assert result.exit_code == 0
+    assert torch.__version__.split("+")[0] in result.stdout
+    assert json.loads((tmp_path / "doctor.json").read_text())["providers"]["cpu"] == "loads"
+
+
+NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA")
+
+
+@pytest.mark.parametrize(
+    ("status", "arguments", "words"),
+    [
+        (1, ("convert", "--model", "zoo:resnet23", "-o", "OUT"), "did you mean"),
+        (1, ("convert", "--model", "zoo:mlp", "--checkpoint", "gone.pt", "-o", "OUT"), "gone.pt"),
+        (1, ("convert", "--model", "zoo:mlp", "--checkpoint", "TEXT", "-o", "OUT"), "TEXT"),
+        (1, ("convert", "--model", "zoo:mlp", "--checkpoint", "DENSE", "-o", "OUT"), "missing"),
+        (1, ("convert", "DENSE", "--rank", "0", "-o", "OUT"), "rank '0'"),
+        (1, ("convert", "DENSE", "--rank", "9999", "-o", "OUT"), "9999"),
+        (1, ("convert", "DENSE", "--rank", "params=0.001", "-o", "OUT"), "out of reach"),
+        (1, ("convert", "DENSE", "--layer", "nothing.*=8", "-o", "OUT"), "nothing.*"),
+        (1, ("convert", "DENSE", "-o", "no/such/folder/x.safetensors"), "no/such/folder"),
+        (2, ("convert", "DENSE"), "-o"),
+        (2, ("convert", "-o", "OUT"), "name a model"),
+        (2, ("convert", "DENSE", "--scheme", "diagonal", "-o", "OUT"), "--scheme"),
+        (2, ("train-local", "SMALL", "--data", "digits", "--epochs", "0", "-o", "OUT"), "--epochs"),
+        (1, ("train-local", "SMALL", "--data", "digtis", "-o", "OUT"), "digits"),
+        (1, ("train-local", "DENSE", "--data", "digits", "-o", "OUT"), "factored"),
+        (1, ("train-local", "SMALL", "--data", "fake:3x8x8", "-o", "OUT"), "channel"),
+        (2, ("export", "SMALL", "-o", "x.tflite"), ".onnx or .safetensors"),
+        (1, ("bench", "TEXT"), "TEXT"),
+        (1, ("run", "gone.yaml"), "gone.yaml"),
+        pytest.param(
+            *(1, ("evaluate", "SMALL", "--data", "digits", "--device", "cuda"), "cuda"),
+            marks=NO_CUDA,
+        ),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    status, arguments, words, dense, small, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    text = tmp_path / "TEXT.safetensors"
+    text.write_text("this is no model")
+    places = {"DENSE": dense, "SMALL": small, "TEXT": text, "OUT": tmp_path / "out.safetensors"}
+    result = stiefel(*(places.get(argument, argument) for argument in arguments))
+    assert result.exit_code == status, result.output
+    assert words in result.stderr
+    assert "Traceback" not in result.output
+    if status == 1:
+        assert len(result.stderr.strip().splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == [text.name]
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    result = stiefel("run", RECIPES / "digits.yaml", "--out", blocked / "run")
+    assert result.exit_code == 1
+    assert str(blocked) in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_an_interrupted_command_exits_with_130(small, tmp_path, monkeypatch):
+    def interrupt(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("stiefel.cli.evaluate", interrupt)
+    result = stiefel("evaluate", small, "--data", "digits")
+    assert result.exit_code == 130
+    assert "interrupted" in result.stderr
+
+
+@pytest.mark.slow
+def test_the_module_is_the_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "stiefel", "--version"],
+        capture_output=True,
+        text=True,
+        env=os.environ,
+        check=True,
+    )
+    assert done.stdout.startswith("stiefel")

@@ -1,0 +1,76 @@
+"""A recipe is read whole, with every default, or refused in one line."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from converter.errors import StiefelError
+from stiefel.recipe import Recipe, load_recipe, resolved, save_recipe
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_ready_recipe_is_valid(path):
+    assert load_recipe(path).name
+
+
+def test_a_resolved_recipe_read_again_is_the_same(tmp_path):
+    recipe = load_recipe(RECIPES / "digits.yaml")
+    save_recipe(recipe, tmp_path / "again.yaml")
+    document = yaml.safe_load((tmp_path / "again.yaml").read_text())
+    assert Recipe.model_validate(document) == recipe
+
+
+def test_absent_sections_are_skipped_and_empty_ones_take_their_defaults(tmp_path):
+    recipe = load_recipe(write(tmp_path, "model: {name: zoo:mlp}\nconvert:\n"))
+    assert recipe.train is None
+    assert recipe.convert.rank == "params=0.5"
+    assert resolved(recipe)["convert"]["scheme"] == "spatial"
+
+
+def test_changes_reach_nested_keys_and_switch_sections_off():
+    recipe = load_recipe(
+        RECIPES / "digits.yaml", ("train.rule.alpha=0.5", "convert.rank=8", "bench=off")
+    )
+    assert recipe.train.rule.alpha == 0.5
+    assert recipe.convert.rank == "8"
+    assert recipe.bench is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("modle: {name: zoo:mlp}", "line 1: unknown key 'modle'; did you mean model?"),
+        ("model: {name: zoo:mlp}\ntrain:\n  epochs: 0\n", "line 3: 'train.epochs' is 0"),
+        ("model: {name: zoo:mlp}\ntrain: {rule: {name: sssa}}", "line 2: 'train.rule'"),
+        ("model: {name: zoo:mlp}\ntrain: {seed: 3}", "write seed once, at the top"),
+        ("name: x", "'model' is missing"),
+        ("- a\n- b", "a recipe is a mapping"),
+        ("model: {name: [", "not valid YAML"),
+    ],
+)
+def test_a_faulty_recipe_is_refused_by_name(tmp_path, text, message):
+    with pytest.raises(StiefelError) as caught:
+        load_recipe(write(tmp_path, text))
+    assert message in str(caught.value)
+    assert "recipe.yaml" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_recipe_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(StiefelError, match="cannot read recipe .*nowhere.yaml"):
+        load_recipe(tmp_path / "nowhere.yaml")
+
+
+@pytest.mark.parametrize("change", ["epochs", "=3", "name.epochs=3"])
+def test_a_change_that_is_none_is_refused(change):
+    with pytest.raises(StiefelError):
+        load_recipe(RECIPES / "digits.yaml", (change,))
