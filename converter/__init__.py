@@ -1,1 +1,1 @@
-"""A dense model in, a factored model out: factoring, ranks, calibration, model specs, checkpoints."""
+"""A dense model in, a factored model out: factoring, ranks, calibration, checkpoints."""

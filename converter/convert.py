@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from converter.calibration import Calibration, Moments, reconstruct
 from converter.decompose import Factors
 from converter.errors import StiefelError, did_you_mean
 from converter.layers import Layer, closed, find_layers, install, prepared
-from converter.planning import Progress, layer_spectrum, plan
+from converter.planning import Progress, calibrated, layer_spectrum, plan
 from converter.ranks import LayerPlan, RankPlan, check_rank
 
 __all__ = ["check_plan", "convert", "layer_factors", "plan"]
@@ -20,6 +22,8 @@ def convert(
     model: nn.Module,
     plan: RankPlan,
     *,
+    calibration: Tensor | None = None,
+    settings: Calibration | None = None,
     device: str | torch.device = "cpu",
     progress: Progress | None = None,
 ) -> nn.Module:
@@ -28,7 +32,10 @@ def convert(
     Args:
         model: the model that was planned for; it is left as it is.
         plan: see `plan`; may have been edited, or read from JSON.
-        device: where to decompose; the result lies where the model does.
+        calibration: unlabelled images (N, C, H, W), normalised, to keep accuracy by; see
+            `converter.calibration`.
+        settings: which calibration steps run.
+        device: where to calibrate and decompose; the result lies where the model does.
         progress: called with (layer name, layers done, layers).
 
     Returns:
@@ -40,6 +47,11 @@ def convert(
     ready = prepared(model)
     found = {layer.name: layer for layer in find_layers(ready)}
     check_plan(plan, found)
+    settings, device = settings or Calibration(), torch.device(device)
+    moments = {}
+    if not plan._spectra:
+        planned = [found[entry.name] for entry in plan.factored]
+        moments = calibrated(ready, calibration, planned, settings, device, progress)
     new: dict[str, nn.Module] = {}
     for done, entry in enumerate(plan.factored):
         if progress:
@@ -48,16 +60,40 @@ def convert(
         if entry.tied_to is not None:
             factors = new[entry.tied_to].factors()
         else:
-            factors = layer_factors(layer, entry, plan, torch.device(device))
+            factors = layer_factors(layer, entry, plan, device, moments)
         new[entry.name] = layer.factored(factors, entry.scheme)
-    small = closed(install(ready, new))
+    if calibration is None:
+        small = install(ready, new)
+    else:
+        small = install(copy.deepcopy(ready), new)
+        _reconstruct(ready, small, plan, calibration, settings, device, progress)
+    small = closed(small)
     small.stiefel_plan = plan.without_spectra()
     if progress:
         progress("converted", len(new), len(new))
     return small
 
 
-def layer_factors(layer: Layer, entry: LayerPlan, plan: RankPlan, device: torch.device) -> Factors:
+def _reconstruct(
+    dense: nn.Module,
+    small: nn.Module,
+    plan: RankPlan,
+    images: Tensor,
+    settings: Calibration,
+    device: torch.device,
+    progress: Progress | None,
+) -> None:
+    """`calibration.reconstruct` on a device; the factored model comes back to where it was."""
+    home = next(small.parameters()).device
+    dense.to(device)
+    small.to(device)
+    reconstruct(dense, small, plan, images.to(device), settings, progress)
+    small.to(home)
+
+
+def layer_factors(
+    layer: Layer, entry: LayerPlan, plan: RankPlan, device: torch.device, moments: Moments
+) -> Factors:
     """The planned factors of one layer, on the layer's own device.
 
     Taken from the spectrum found while planning if that is of the very same weight, else found anew
@@ -66,7 +102,8 @@ def layer_factors(layer: Layer, entry: LayerPlan, plan: RankPlan, device: torch.
     matrix = layer.matrix(entry.scheme)
     known = plan._spectra.get((entry.name, entry.scheme))
     if known is None or not known.reaches(matrix, entry.rank):
-        known = layer_spectrum(layer, entry.scheme, entry.rank, device)
+        moment = moments.get((entry.name, entry.scheme))
+        known = layer_spectrum(layer, entry.scheme, entry.rank, device, moment)
     factors = known.to(device).factors(matrix.to(device), entry.rank)
     return factors.to(layer.device)
 

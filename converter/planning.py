@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from converter import cost, ranks
+from converter.calibration import Calibration, Moments, second_moments
 from converter.decompose import Spectrum, spectrum
 from converter.errors import StiefelError
 from converter.layers import Layer, find_layers, parameters_per_rank, prepared
@@ -25,6 +26,8 @@ def plan(
     *,
     scheme: str = "spatial",
     example: Tensor | None = None,
+    calibration: Tensor | None = None,
+    settings: Calibration | None = None,
     layers: Mapping[str, Override] | None = None,
     device: str | torch.device = "cpu",
     progress: Progress | None = None,
@@ -36,6 +39,9 @@ def plan(
         rank: a policy, or how `parse_rank` reads one: 32, 0.25, "energy=0.95", "params=0.5", …
         scheme: "spatial", "channel", or "auto": whichever suits each layer better.
         example: an input batch (N, C, H, W), to count MACs by; budgets on MACs need it.
+        calibration: unlabelled images (N, C, H, W), normalised; errors are then in the norm of each
+            layer's own inputs (unless settings.whitened is off).
+        settings: of the calibration.
         layers: exceptions by glob over layer names, of which the last that matches wins: "keep",
             or a mapping with "rank" (a policy that is no budget) or "scheme" or both. A rank given
             here is obeyed even where it saves nothing.
@@ -50,7 +56,10 @@ def plan(
     found = find_layers(ready)
     requests = read_requests(found, policy, scheme, layers or {})
     owners = [layer for layer in found if layer.tied_to is None]
-    decompose = Decomposer(torch.device(device))
+    if example is None and calibration is not None:
+        example = calibration[:1]
+    moments = calibrated(ready, calibration, owners, settings, torch.device(device), progress)
+    decompose = Decomposer(torch.device(device), moments)
     decisions: dict[str, Decision] = {}
     for done, layer in enumerate(owners):
         if progress:
@@ -98,8 +107,8 @@ class Decision:
 class Decomposer:
     """Finds spectra, and keeps them for `convert`."""
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    def __init__(self, device: torch.device, moments: Moments):
+        self.device, self.moments = device, moments
         self.known: dict[tuple[str, str | None], Spectrum] = {}
 
     def __call__(self, layer: Layer, scheme: str | None, rank: int | None = None) -> Spectrum:
@@ -107,18 +116,43 @@ class Decomposer:
         key = (layer.name, scheme)
         known = self.known.get(key)
         if known is None or known.values.shape[-1] < (rank or layer.highest_rank(scheme)):
-            known = self.known[key] = layer_spectrum(layer, scheme, rank, self.device)
+            moment = self.moments.get(key)
+            known = self.known[key] = layer_spectrum(layer, scheme, rank, self.device, moment)
         return known
 
 
 def layer_spectrum(
-    layer: Layer, scheme: str | None, rank: int | None, device: torch.device
+    layer: Layer,
+    scheme: str | None,
+    rank: int | None,
+    device: torch.device,
+    moment: Tensor | None = None,
 ) -> Spectrum:
-    """The spectrum of one layer, on `device`; errors name the layer."""
+    """The spectrum of one layer, on `device`, whitened where a moment is given."""
     try:
-        return spectrum(layer.matrix(scheme).to(device), rank)
+        return spectrum(layer.matrix(scheme).to(device), rank, moment)
     except StiefelError as error:
         raise StiefelError(f"{layer.name}: {error}") from None
+
+
+def calibrated(
+    model: nn.Module,
+    images: Tensor | None,
+    layers: Sequence[Layer],
+    settings: Calibration | None,
+    device: torch.device,
+    progress: Progress | None,
+) -> Moments:
+    """The layers' second moments; none without images or where whitening is off."""
+    settings = settings or Calibration()
+    if images is None or not settings.whitened:
+        return {}
+    home = next(model.parameters()).device
+    model.to(device)
+    try:
+        return second_moments(model, images, layers, settings, device, progress)
+    finally:
+        model.to(home)
 
 
 def _by_policy(layer: Layer, request: Request, decompose: Decomposer) -> Decision:

@@ -4,6 +4,6 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Settings(BaseModel):
-    """An immutable, validated configuration whose fields are also recipe keys and command options."""
+    """A frozen, validated configuration whose fields are also recipe keys and command options."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=False)

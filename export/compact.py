@@ -117,6 +117,24 @@ def compaction(model: nn.Module) -> Compaction:
     )
 
 
+def reads_size(model: nn.Module) -> bool:
+    """Whether the forward pass looks at an image's height or width, as far as a trace tells."""
+    calls = _trace(model)
+    if calls is None:
+        return True
+    for node in calls.graph.nodes:
+        shape = node.op == "call_function" and node.target is getattr and node.args[1] == "shape"
+        if shape and any(user.args[1:] != (0,) for user in node.users):
+            return True
+        if node.op == "call_method" and node.target == "size" and node.args[1:] != (0,):
+            return True
+        # A function that torch.fx was told to keep whole may do so unseen.
+        module = str(getattr(node.target, "__module__", "torch"))
+        if node.op == "call_function" and module.startswith(("torchvision", "timm", "converter")):
+            return True
+    return False
+
+
 @dataclass(frozen=True)
 class _Calls:
     graph: fx.Graph

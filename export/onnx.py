@@ -21,7 +21,7 @@ from converter.errors import StiefelError
 from converter.settings import Settings
 from converter.specs import spec_of
 from export import parity
-from export.compact import Compaction, compaction
+from export.compact import Compaction, compaction, reads_size
 from export.result import ExportResult
 from export.staging import companion, staged
 
@@ -29,6 +29,9 @@ Progress = Callable[[str, int, int], None]
 
 # Protobuf holds 2 GiB in all; the graph itself needs some room.
 EXTERNAL_DATA_ABOVE = 2**31 - 2**24
+# From here on ONNX has attention as one operator.
+ATTENTION_OPSET = 23
+_ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 
 
 class OnnxSettings(Settings):
@@ -170,6 +173,8 @@ def _to_onnx(
     with _quiet():
         exported, axes = _captured(model, x, settings)
         try:
+            if settings.opset < ATTENTION_OPSET and _attends(exported):
+                exported = exported.run_decompositions({_ATTENTION: _plain_attention})
             program = torch.onnx.export(
                 exported,
                 (x,),
@@ -190,6 +195,40 @@ def _to_onnx(
     return program, axes
 
 
+def _attends(exported: Any) -> bool:
+    return any(node.target is _ATTENTION for node in exported.graph.nodes)
+
+
+def _plain_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Attention as products and a softmax, its scale a constant.
+
+    The exporter's own form computes the scale and the key's shape at run time: some ten operators
+    to a layer that a fixed head size doesn't need.
+    """
+    if enable_gqa:
+        key, value = (
+            t.repeat_interleave(query.shape[-3] // t.shape[-3], dim=-3) for t in (key, value)
+        )
+    scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.mT
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, float("-inf"))
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    return torch.softmax(scores, -1) @ value
+
+
 def _output_names(exported: Any) -> list[str]:
     count = len(exported.graph_signature.user_outputs)
     return ["output"] if count == 1 else [f"output_{i}" for i in range(count)]
@@ -197,7 +236,7 @@ def _output_names(exported: Any) -> list[str]:
 
 def _captured(model: nn.Module, x: Tensor, settings: OnnxSettings) -> tuple[Any, dict[int, str]]:
     batch = torch.export.Dim("batch")
-    if settings.image_size == "auto" and x.ndim == 4:
+    if settings.image_size == "auto" and x.ndim == 4 and not reads_size(model):
         free = torch.export.Dim.AUTO
         with contextlib.suppress(Exception):
             exported = torch.export.export(

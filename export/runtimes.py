@@ -67,7 +67,7 @@ class Runtime(ABC):
     devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16", "bf16")
 
-    def check(self, device: torch.device) -> None:
+    def check(self, device: torch.device) -> None:  # noqa: B027, most have nothing to check
         """Raise StiefelError if this runtime can't work here."""
 
     @abstractmethod

@@ -11,7 +11,8 @@ of the original architecture are replaced by what. Five lines rebuild it, withou
     model.load_state_dict(safetensors.torch.load_file(path))
 
 Two kinds are not torch's: `FactoredAttention` (`converter.attention`) and `PairedLinear`
-(`export.compact`), for attention and for models that read a layer's weight. :func:`build` knows them.
+(`export.compact`), for attention and for models that read a layer's weight; :func:`build` knows
+them.
 """
 
 import json
@@ -213,7 +214,7 @@ def _compare(
         worst |= parity.difference(one, other)
     if worst.relative > parity.TOLERANCES[precision]:
         raise StiefelError(
-            f"the compact model's output differs from the original's by {worst.relative:.1e} of its "
-            f"magnitude (allowed: {parity.TOLERANCES[precision]:.0e})"
+            f"the compact model's output differs from the original's by {worst.relative:.1e} of "
+            f"its magnitude (allowed: {parity.TOLERANCES[precision]:.0e})"
         )
     return worst

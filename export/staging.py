@@ -12,7 +12,7 @@ from converter.errors import StiefelError
 
 @contextmanager
 def staged(path: str | Path) -> Iterator[Path]:
-    """Yield a path of the same name in a hidden folder beside `path`; publish what is written there.
+    """Yield a path of the same name in a hidden folder beside `path`; publish what lies there.
 
     A companion (`NAME.data`, ONNX's external data) is published with it. On any error the folder
     goes and the old files stay. Where an old pair must be replaced, the old model is removed before

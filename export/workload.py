@@ -1,7 +1,7 @@
-"""What one call must do at the least: multiply-adds, and bytes moved by products and convolutions.
+"""What one call must do at the least: multiply-adds, and bytes that products move.
 
-Both are counted over convolutions, matrix products and attention. Bytes are those operations' inputs,
-weights and outputs, each once: what must pass through memory if nothing is fused or cached.
+Both are counted over convolutions, matrix products and attention. Bytes are those operations'
+inputs, weights and outputs, each once: what passes through memory if nothing is fused or cached.
 """
 
 import copy

@@ -142,6 +142,8 @@ def convert(**values: Any) -> None:
             small = factoring.convert(
                 model,
                 plan,
+                calibration=calibration,
+                settings=section.calibration,
                 device=device,
                 progress=progress,
             )

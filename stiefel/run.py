@@ -162,6 +162,8 @@ def make_plan(
         parse_rank(section.rank),
         scheme=section.scheme,
         example=example_of(model),
+        calibration=calibration,
+        settings=section.calibration,
         layers=section.layers,
         device=device,
         progress=progress,
@@ -204,6 +206,8 @@ class Road:
             model = factoring.convert(
                 dense,
                 plan,
+                calibration=calibration,
+                settings=section.calibration,
                 device=self.device,
                 progress=progress,
             )

@@ -66,7 +66,7 @@ def test_a_faulty_recipe_is_refused_by_name(tmp_path, text, message):
 
 
 def test_a_recipe_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(StiefelError, match="cannot read recipe .*nowhere.yaml"):
+    with pytest.raises(StiefelError, match=r"cannot read recipe .*nowhere\.yaml"):
         load_recipe(tmp_path / "nowhere.yaml")
 
 
