@@ -5,6 +5,7 @@ import collections
 import json
 import pickle
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -117,11 +118,12 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 
 def _read_pickle(path: Path) -> Any:
     try:
-        with torch.serialization.safe_globals(_HARMLESS):
+        with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of TorchScript, which is refused below
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if found := re.search(r"(?:GLOBAL|global|class|type)[ :]+([\w.]+)", str(error)):
-            raise _needs_code(path, found[1]) from error
+        if found := re.search(r"GLOBAL ([\w.]+)|Trying to (call|instantiate)|Can only", str(error)):
+            raise _needs_code(path, found[1] or "a pickled object") from error
         raise _unreadable(path, error) from error
     except Exception as error:
         if "TorchScript" in str(error):

@@ -306,7 +306,7 @@ def test_renames_may_look_ahead_and_use_groups():
         ("conv", "must be written"),
         ("=x", "must be written"),
         ("(=x", "no regular expression"),
-        (".*=x", "two tensors the name 'x'"),
+        ("^.*=x", "two tensors the name 'x'"),
         (r"conv=\9", "no regular expression"),
     ],
 )
