@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from converter.errors import StiefelError
 from converter.specs import spec_of
+from trainers.cuts.balance import balanced_ends
 from trainers.cuts.blocks import Block, CutSettings, Root, Visit
 from trainers.cuts.graph import trace
 from trainers.cuts.named import NamedCuts
-from trainers.cuts.places import choose_segments
+from trainers.cuts.places import choose_ends, make_segments
 from trainers.cuts.traced import TracedCuts
 
 __all__ = ["Block", "CutSettings", "Cuts", "Root", "Visit", "cut", "cut_alike", "describe_cuts"]
@@ -53,7 +54,10 @@ def cut(network: nn.Module, example: Tensor, settings: CutSettings) -> Cuts:
     if settings.blocks:
         return NamedCuts(network, settings.blocks, example)
     traced = trace(network, example)
-    return TracedCuts(traced, choose_segments(traced, settings))
+    ends = choose_ends(traced, settings)
+    if settings.boundaries == "balanced":
+        ends = balanced_ends(network, traced, ends, example)
+    return TracedCuts(traced, make_segments(traced, ends))
 
 
 def cut_alike(cuts: Cuts, teacher: nn.Module, example: Tensor, settings: CutSettings) -> Cuts:

@@ -20,10 +20,11 @@ Layout = Literal["flat", "tokens", "map", "map-last"]
 class CutSettings(Settings):
     """Where the network is cut into blocks, shared by every local rule."""
 
-    boundaries: Literal["units", "layers"] = Field(
+    boundaries: Literal["balanced", "units", "layers"] = Field(
         "units",
-        description="cut where exactly one tensor is live, as between residual units (units), "
-        "or after every layer, residual streams being detached too (layers)",
+        description="cut where exactly one tensor is live, as between residual units (units); the "
+        "same, with units joined while they need no more memory than the largest (balanced); or "
+        "after every layer, residual streams being detached too (layers)",
     )
     layers_per_block: int = Field(
         1, ge=1, description="layers, factored or dense, to a block (at least)"

@@ -28,17 +28,21 @@ class Segment:
     hidden: int | None = None
 
 
-def choose_segments(traced: Traced, settings: CutSettings) -> list[Segment]:
-    """Choose the cuts."""
+def choose_ends(traced: Traced, settings: CutSettings) -> list[int]:
+    """The places at which to cut, the output head's own included if it has one."""
     places, size = _Places(traced), settings.layers_per_block
     if settings.boundaries == "layers":
-        ends = places.group(0, len(places), size, None)
-    else:
-        ends = places.group(0, len(places), size, width=1)
-        for start, end in list(pairwise([0, *ends, len(places)])):
-            if places.count(start, end) > max(_LARGEST_UNIT, size):
-                ends += places.group(start, end, max(size, 2), None)
-        ends.sort()
+        return places.group(0, len(places), size, None)
+    ends = places.group(0, len(places), size, width=1)
+    for start, end in list(pairwise([0, *ends, len(places)])):
+        if places.count(start, end) > max(_LARGEST_UNIT, size):
+            ends += places.group(start, end, max(size, 2), None)
+    return sorted(ends)
+
+
+def make_segments(traced: Traced, ends: list[int]) -> list[Segment]:
+    """Blocks between these places; an output head alone at the end joins the block before it."""
+    places = _Places(traced)
     stops = [0, *ends, len(places)]
     hidden = None
     if len(stops) > 2 and places.count(stops[-2], stops[-1]) == 1:
