@@ -8,14 +8,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from converter.calibration import Calibration, Moments, reconstruct
-from converter.decompose import Factors
+from converter.calibration import Calibration, reconstruct
 from converter.errors import StiefelError, did_you_mean
 from converter.layers import Layer, closed, find_layers, install, prepared
-from converter.planning import Progress, calibrated, layer_spectrum, plan
-from converter.ranks import LayerPlan, RankPlan, check_rank
+from converter.planning import plan
+from converter.ranks import RankPlan, check_rank
+from converter.spectra import Progress, calibrated, layer_factors
 
-__all__ = ["check_plan", "convert", "layer_factors", "plan"]
+__all__ = ["convert", "plan"]
 
 
 def convert(
@@ -89,23 +89,6 @@ def _reconstruct(
     small.to(device)
     reconstruct(dense, small, plan, images.to(device), settings, progress)
     small.to(home)
-
-
-def layer_factors(
-    layer: Layer, entry: LayerPlan, plan: RankPlan, device: torch.device, moments: Moments
-) -> Factors:
-    """The planned factors of one layer, on the layer's own device.
-
-    Taken from the spectrum found while planning if that is of the very same weight, else found anew
-    on `device`.
-    """
-    matrix = layer.matrix(entry.scheme)
-    known = plan._spectra.get((entry.name, entry.scheme))
-    if known is None or not known.reaches(matrix, entry.rank):
-        moment = moments.get((entry.name, entry.scheme))
-        known = layer_spectrum(layer, entry.scheme, entry.rank, device, moment)
-    factors = known.to(device).factors(matrix.to(device), entry.rank)
-    return factors.to(layer.device)
 
 
 def check_plan(plan: RankPlan, found: Mapping[str, Layer]) -> None:

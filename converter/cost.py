@@ -43,11 +43,11 @@ def count_macs(model: nn.Module, example: Tensor) -> int:
     return counter.get_total_flops() // 2
 
 
-def layer_calls(model: nn.Module, example: Tensor) -> dict[str, list[Call]]:
+def layer_calls(model: nn.Module, example: Tensor, images: int = 1) -> dict[str, list[Call]]:
     """Every use of each linear, convolutional or factored layer's weight in one forward pass.
 
     Functional uses (`F.linear(x, layer.weight)`) count; layers never used are absent. Shapes are
-    those of the first image of `example` (N, C, H, W).
+    those of the first `images` images of `example` (N, C, H, W).
     """
     names = {}
     for name, module in model.named_modules():
@@ -62,7 +62,7 @@ def layer_calls(model: nn.Module, example: Tensor) -> dict[str, list[Call]]:
     ]
     try:
         with inference(model), _Recorder(names, calls):
-            model(example[:1])
+            model(example[:images])
     finally:
         for hook in hooks:
             hook.remove()
@@ -107,18 +107,20 @@ def macs_per_rank(
 
 
 @contextmanager
-def inference(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every module's mode is put back afterwards."""
+def inference(model: nn.Module, *, fused: bool = False) -> Iterator[None]:
+    """Evaluation mode without gradients; every module's mode is put back afterwards.
+
+    Attention's fused kernel hides its products from hooks and counters: it is off unless `fused`.
+    """
     training = [module for module in model.modules() if module.training]
-    fused = torch.backends.mha.get_fastpath_enabled()
-    # The fused attention kernel hides its products from hooks and counters.
-    torch.backends.mha.set_fastpath_enabled(False)
+    was_fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(fused and was_fused)
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
+        torch.backends.mha.set_fastpath_enabled(was_fused)
         for module in training:
             module.training = True
 

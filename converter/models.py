@@ -1,5 +1,6 @@
 """Models by name: `torchvision:`, `timm:`, `zoo:`, `FILE.py:factory`, `package.module:factory`."""
 
+import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -275,10 +276,14 @@ def _count_classes(name: str, model: nn.Module, expected: InputSpec) -> int:
 
 def _shape_only(model: nn.Module, example: Tensor) -> Any:
     """The model's output on the meta device: its shape at no cost."""
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    meta = {key: value.detach().to("meta") for key, value in tensors.items()}
+    meta: dict[int, Any] = {
+        id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()
+    }
+    meta |= {id(buffer): buffer.to("meta") for buffer in model.buffers()}
+    # A copy whose tensors are these (not functional_call, which spoils a module used twice).
+    hollow = copy.deepcopy(model, meta)
     with torch.no_grad():
-        return torch.func.functional_call(model, meta, (example.to("meta"),))
+        return hollow(example.to("meta"))
 
 
 def _warn(text: str) -> None:

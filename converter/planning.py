@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from converter import cost, ranks
-from converter.calibration import Calibration, Moments, second_moments
-from converter.decompose import Spectrum, spectrum
-from converter.errors import StiefelError
+from converter.budgets import Decision, Menu, by_budget, by_latency
+from converter.calibration import Calibration
+from converter.decompose import Spectrum
+from converter.latency import LatencyPrices
 from converter.layers import Layer, find_layers, parameters_per_rank, prepared
-from converter.prices import MacPrices, ParameterPrices, Prices
-from converter.ranks import Budget, Energy, Fixed, LayerPlan, Option, Policy, RankPlan, parse_rank
+from converter.prices import MacPrices, ParameterPrices
+from converter.ranks import Budget, Energy, Fixed, LayerPlan, Policy, RankPlan, parse_rank
 from converter.requests import Override, Request, read_requests
-
-Progress = Callable[[str, int, int], None]
+from converter.spectra import Decomposer, Progress, calibrated
 
 
 def plan(
@@ -77,9 +76,16 @@ def plan(
     parameters = cost.count_parameters(ready)
     macs = None if example is None else cost.count_macs(ready, example)
     calls = {} if example is None else cost.layer_calls(ready, example)
+    latency: dict[str, float] = {}
     if isinstance(policy, Budget):
-        prices = _prices(policy, parameters, macs, calls)
-        decisions |= _by_budget(policy, owners, requests, decisions, prices, decompose)
+        menu = Menu(owners, requests, decisions, decompose, progress)
+        if policy.cost == "latency":
+            prices = LatencyPrices(ready, example, cost.layer_calls(ready, example, len(example)))
+            decisions, latency = by_latency(policy, menu, prices)
+        else:
+            on_params = policy.cost == "params"
+            prices = ParameterPrices(parameters) if on_params else MacPrices(macs, calls)
+            decisions = by_budget(policy, menu, prices)
     if progress:
         progress("plan", len(owners), len(owners))
     result = RankPlan(
@@ -90,69 +96,10 @@ def plan(
         policy=str(policy),
         dense_parameters=parameters,
         dense_macs=macs,
+        **latency,
     )
     result._spectra.update(decompose.known)
     return result
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What becomes of one layer; without a rank it is kept, for a reason."""
-
-    scheme: str | None
-    rank: int | None
-    reason: str | None = None
-
-
-class Decomposer:
-    """Finds spectra, and keeps them for `convert`."""
-
-    def __init__(self, device: torch.device, moments: Moments):
-        self.device, self.moments = device, moments
-        self.known: dict[tuple[str, str | None], Spectrum] = {}
-
-    def __call__(self, layer: Layer, scheme: str | None, rank: int | None = None) -> Spectrum:
-        """At least the first `rank` directions of one layer; all of them by default."""
-        key = (layer.name, scheme)
-        known = self.known.get(key)
-        if known is None or known.values.shape[-1] < (rank or layer.highest_rank(scheme)):
-            moment = self.moments.get(key)
-            known = self.known[key] = layer_spectrum(layer, scheme, rank, self.device, moment)
-        return known
-
-
-def layer_spectrum(
-    layer: Layer,
-    scheme: str | None,
-    rank: int | None,
-    device: torch.device,
-    moment: Tensor | None = None,
-) -> Spectrum:
-    """The spectrum of one layer, on `device`, whitened where a moment is given."""
-    try:
-        return spectrum(layer.matrix(scheme).to(device), rank, moment)
-    except StiefelError as error:
-        raise StiefelError(f"{layer.name}: {error}") from None
-
-
-def calibrated(
-    model: nn.Module,
-    images: Tensor | None,
-    layers: Sequence[Layer],
-    settings: Calibration | None,
-    device: torch.device,
-    progress: Progress | None,
-) -> Moments:
-    """The layers' second moments; none without images or where whitening is off."""
-    settings = settings or Calibration()
-    if images is None or not settings.whitened:
-        return {}
-    home = next(model.parameters()).device
-    model.to(device)
-    try:
-        return second_moments(model, images, layers, settings, device, progress)
-    finally:
-        model.to(home)
 
 
 def _by_policy(layer: Layer, request: Request, decompose: Decomposer) -> Decision:
@@ -194,60 +141,6 @@ def _check_fixed(policy: Fixed, layers: Sequence[Layer]) -> None:
     name = max(highest, key=highest.get, default=None)
     if name is not None:
         ranks.check_rank(f"{name}, the layer of highest rank", policy.rank, highest[name])
-
-
-def _prices(
-    policy: Budget, parameters: int, macs: int | None, calls: Mapping[str, Sequence[cost.Call]]
-) -> Prices:
-    return ParameterPrices(parameters) if policy.cost == "params" else MacPrices(macs, calls)
-
-
-def _by_budget(
-    policy: Budget,
-    layers: Sequence[Layer],
-    requests: Mapping[str, Request],
-    decided: Mapping[str, Decision],
-    prices: Prices,
-    decompose: Decomposer,
-) -> dict[str, Decision]:
-    """Ranks of all layers under a budget; those decided already have one option only."""
-    options = []
-    for layer in layers:
-        if layer.name in decided:
-            options.append([_only_option(layer, decided[layer.name], prices)])
-        else:
-            options.append(_options(layer, requests[layer.name], prices, decompose))
-    rest = prices.whole - sum(prices.current(layer) for layer in layers)
-    chosen = ranks.meet_budget(options, policy, prices.whole, rest)
-    return {
-        layer.name: Decision(one.scheme, one.rank, None if one.rank else _budget_reason(among))
-        for layer, one, among in zip(layers, chosen, options, strict=True)
-        if layer.name not in decided
-    }
-
-
-def _only_option(layer: Layer, decision: Decision, prices: Prices) -> Option:
-    scheme, rank = decision.scheme, decision.rank
-    price = prices.current(layer) if rank is None else prices.factored(layer, scheme, rank)
-    return Option(scheme, rank, price, 0.0)
-
-
-def _options(layer: Layer, request: Request, prices: Prices, decompose: Decomposer) -> list[Option]:
-    """Keeping the layer first, then every rank of every scheme that costs less."""
-    options = [Option(request.schemes[0], None, prices.current(layer), 0.0)]
-    for scheme in request.schemes:
-        loss = decompose(layer, scheme).errors().square()
-        for rank in prices.ranks(layer, scheme):
-            price = prices.factored(layer, scheme, rank)
-            if price < options[0].cost and rank <= len(loss):
-                options.append(Option(scheme, rank, price, float(loss[rank - 1])))
-    return options
-
-
-def _budget_reason(options: Sequence[Option]) -> str:
-    if len(options) == 1:
-        return "factoring would save nothing"
-    return "within the budget, factoring other layers loses less"
 
 
 def _entry(

@@ -179,6 +179,12 @@ class RankPlan(Settings):
     policy: str = Field(description="the policy that made the plan")
     dense_parameters: int = Field(description="parameters of the whole model as it is")
     dense_macs: int | None = Field(None, description="MACs per image of the whole model as it is")
+    dense_latency_ms: float | None = Field(
+        None, description="time of one pass of the example batch, if it was measured"
+    )
+    factored_latency_ms: float | None = Field(
+        None, description="the same with the planned layers as two plain layers each"
+    )
 
     # Decompositions found while planning; `convert` in the same process need not repeat them.
     _spectra: dict[tuple[str, str | None], Spectrum] = PrivateAttr(default_factory=dict)
@@ -243,7 +249,8 @@ class RankPlan(Settings):
         layers = tuple(
             p.model_copy(update=changes) if owner in (p.name, p.tied_to) else p for p in self.layers
         )
-        return self.model_copy(update={"layers": layers})
+        # What was measured was another plan.
+        return self.model_copy(update={"layers": layers, "factored_latency_ms": None})
 
     def without_spectra(self) -> RankPlan:
         """The plan as it would be read back: light enough to travel with a model."""
@@ -306,15 +313,20 @@ def policy_rank(
 
 
 def meet_budget(
-    options: Sequence[Sequence[Option]], budget: Budget, whole: float, rest: float
+    options: Sequence[Sequence[Option]],
+    budget: Budget,
+    whole: float,
+    rest: float,
+    slack: float = TOLERANCE,
 ) -> list[Option]:
     """Choose one option per layer: least Σ loss for which Σ cost + rest stays within the budget.
 
     Args:
         options: per layer, everything that can be done with it, in any order.
-        budget: the fraction of `whole` allowed; never exceeded, and met within `TOLERANCE`.
+        budget: the fraction of `whole` allowed; never exceeded.
         whole: cost of the whole model as it is.
         rest: what of it no option covers.
+        slack: how much of the budget may be left unspent.
 
     Raises:
         StiefelError: the budget is out of reach, or can't be met closely; says what can.
@@ -343,9 +355,9 @@ def meet_budget(
             low = middle
     chosen = _spend(costs, losses, chosen, target - total(chosen))
     loss = sum(float(x[j]) for x, j in zip(losses, chosen, strict=True))
-    if total(chosen) < target - TOLERANCE and loss > 0:
+    if total(chosen) < target - slack and loss > 0:
         raise StiefelError(
-            f"{budget} cannot be met within {TOLERANCE:.0%}: the nearest below is "
+            f"{budget} cannot be met within {slack:.0%}: the nearest below is "
             f"{budget.cost}={math.ceil(total(chosen) * 1e4) / 1e4}"
         )
     return [layer[j] for layer, j in zip(options, chosen, strict=True)]

@@ -1,0 +1,138 @@
+"""Measured time: of a model, of each layer dense, and of each layer at every rank on offer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from converter.cost import Call, inference
+from converter.decompose import Factors
+from converter.factors import Factored, FactoredLinear
+from converter.layers import Layer, find_layers, install, prepared
+
+MULTIPLE = {"cpu": 8, "cuda": 16}  # vector width and tensor-core tile; other ranks waste lanes
+STEP = 1.2  # the ranks on offer lie about so far apart
+LEAST_SECONDS = 0.02  # a measurement lasts so long at least
+LEAST_RUNS = 5
+
+
+class LatencyPrices:
+    """Seconds per forward pass of the example batch, each distinct layer and rank timed once.
+
+    A factored layer is timed as the two plain layers that it is exported as, on an input of the
+    shape that it meets in the model.
+
+    Attributes:
+        whole: seconds of the whole model as it is.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example: Tensor,
+        calls: Mapping[str, Sequence[Call]],
+    ):
+        self.model, self.example, self.calls = model, example, calls
+        self.device = example.device
+        self.whole = model_seconds(model, example)
+        self._known: dict[tuple, float] = {}
+
+    def ranks(self, layer: Layer, scheme: str | None) -> list[int]:
+        """Multiples that suit the device, rising by about `STEP`, below the break-even rank."""
+        multiple = MULTIPLE.get(self.device.type, 8)
+        last, offered = layer.worthwhile_rank(scheme), []
+        rank = multiple
+        while rank <= last:
+            offered.append(rank)
+            rank = max(rank + multiple, round(rank * STEP / multiple) * multiple)
+        return offered
+
+    def current(self, layer: Layer) -> float:
+        """Seconds of a layer as it is, all its uses in one pass."""
+        return self._seconds(layer, ("current",), lambda: _plain(layer.module))
+
+    def factored(self, layer: Layer, scheme: str | None, rank: int) -> float:
+        """Seconds of a layer at a rank, all its uses in one pass."""
+        return self._seconds(layer, (scheme, rank), lambda: _plain(_hollow(layer, scheme, rank)))
+
+    def measured(self, chosen: Mapping[str, tuple[str | None, int]]) -> float:
+        """Seconds of the whole model with some layers at a (scheme, rank)."""
+        model = prepared(self.model, share=True)
+        new = {
+            layer.name: _callable(_hollow(layer, *chosen[layer.name]))
+            for layer in find_layers(model)
+            if layer.name in chosen
+        }
+        return model_seconds(install(model, new), self.example)
+
+    def _seconds(self, layer: Layer, what: tuple, make: Callable[[], nn.Module]) -> float:
+        calls = self.calls.get(layer.name, ())
+        total, module = 0.0, None
+        for call in calls:
+            key = (_signature(layer), call.input_shape, *what)
+            if key not in self._known:
+                module = make() if module is None else module
+                dtype = next(module.parameters()).dtype
+                x = torch.full(call.input_shape, 0.1, dtype=dtype, device=self.device)
+                self._known[key] = seconds(lambda m=module, x=x: m(x), self.device)
+            total += self._known[key]
+        return total
+
+
+def model_seconds(model: nn.Module, example: Tensor) -> float:
+    """Seconds of one forward pass, the least of several."""
+    with inference(model, fused=True):
+        return seconds(lambda: model(example), example.device, least_seconds=10 * LEAST_SECONDS)
+
+
+def seconds(
+    run: Callable[[], object], device: torch.device, least_seconds: float = LEAST_SECONDS
+) -> float:
+    """Seconds of one call: the least of several, as everything else that happens only adds."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    best, spent, runs = float("inf"), 0.0, 0
+    with torch.inference_mode():
+        run()
+        run()
+        while runs < LEAST_RUNS or spent < least_seconds:
+            wait()
+            start = time.perf_counter()
+            run()
+            wait()
+            took = time.perf_counter() - start
+            best, spent, runs = min(best, took), spent + took, runs + 1
+    return best
+
+
+def _hollow(layer: Layer, scheme: str | None, rank: int) -> Factored:
+    """The layer as it will be at a rank, with numbers that mean nothing."""
+    weight = next(layer.module.parameters())
+    (m, n), groups = layer.shape(scheme), layer.groups
+    lead = (groups,) if groups > 1 else ()
+
+    def fill(*shape: int) -> Tensor:
+        return torch.full((*lead, *shape), 0.1, dtype=weight.dtype, device=weight.device)
+
+    return layer.factored(Factors(fill(m, rank), fill(rank), fill(n, rank)), scheme)
+
+
+def _plain(module: nn.Module) -> nn.Module:
+    """As it is exported: a factored layer as two plain ones."""
+    return nn.Sequential(*module.pair()).eval() if isinstance(module, Factored) else module
+
+
+def _callable(module: Factored) -> nn.Module:
+    # Models may read a linear layer's weight instead of calling it, so that stays what it is.
+    return module if isinstance(module, FactoredLinear) else _plain(module)
+
+
+def _signature(layer: Layer) -> tuple:
+    """What decides a layer's time, besides its input."""
+    module = layer.module
+    names = ("stride", "padding", "dilation", "groups", "padding_mode")
+    geometry = tuple(getattr(module, name, None) for name in names)
+    has_bias = getattr(module, "bias", None) is not None
+    return (layer.kind, layer.weight_shape, layer.current_rank, has_bias, *geometry)

@@ -1,0 +1,84 @@
+"""Spectra and factors of a model's layers, each found once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from converter.calibration import Calibration, Moments, second_moments
+from converter.decompose import Factors, Spectrum, spectrum
+from converter.errors import StiefelError
+from converter.layers import Layer
+from converter.ranks import LayerPlan, RankPlan
+
+Progress = Callable[[str, int, int], None]
+
+
+class Decomposer:
+    """Finds spectra, and keeps them for `convert`."""
+
+    def __init__(self, device: torch.device, moments: Moments):
+        self.device, self.moments = device, moments
+        self.known: dict[tuple[str, str | None], Spectrum] = {}
+
+    def __call__(self, layer: Layer, scheme: str | None, rank: int | None = None) -> Spectrum:
+        """At least the first `rank` directions of one layer; all of them by default."""
+        key = (layer.name, scheme)
+        known = self.known.get(key)
+        if known is None or known.values.shape[-1] < (rank or layer.highest_rank(scheme)):
+            moment = self.moments.get(key)
+            known = self.known[key] = layer_spectrum(layer, scheme, rank, self.device, moment)
+        return known
+
+
+def layer_spectrum(
+    layer: Layer,
+    scheme: str | None,
+    rank: int | None,
+    device: torch.device,
+    moment: Tensor | None = None,
+) -> Spectrum:
+    """The spectrum of one layer, on `device`, whitened where a moment is given."""
+    try:
+        return spectrum(layer.matrix(scheme).to(device), rank, moment)
+    except StiefelError as error:
+        raise StiefelError(f"{layer.name}: {error}") from None
+
+
+def calibrated(
+    model: nn.Module,
+    images: Tensor | None,
+    layers: Sequence[Layer],
+    settings: Calibration | None,
+    device: torch.device,
+    progress: Progress | None,
+) -> Moments:
+    """The layers' second moments; none without images or where whitening is off."""
+    settings = settings or Calibration()
+    if images is None or not settings.whitened:
+        return {}
+    home = next(model.parameters()).device
+    model.to(device)
+    try:
+        return second_moments(model, images, layers, settings, device, progress)
+    finally:
+        model.to(home)
+
+
+def layer_factors(
+    layer: Layer, entry: LayerPlan, plan: RankPlan, device: torch.device, moments: Moments
+) -> Factors:
+    """The planned factors of one layer, on the layer's own device.
+
+    Taken from the spectrum found while planning if that is of the very same weight, else found anew
+    on `device`.
+    """
+    matrix = layer.matrix(entry.scheme)
+    known = plan._spectra.get((entry.name, entry.scheme))
+    if known is None or not known.reaches(matrix, entry.rank):
+        moment = moments.get((entry.name, entry.scheme))
+        known = layer_spectrum(layer, entry.scheme, entry.rank, device, moment)
+    factors = known.to(device).factors(matrix.to(device), entry.rank)
+    return factors.to(layer.device)
