@@ -26,7 +26,7 @@ def balanced_ends(
         example: (N, C, H, W); one image of it is used.
     """
     segments = make_segments(traced, ends)
-    needs = _activation_bytes(network, TracedCuts(traced, segments), example)
+    needs = activation_bytes(network, TracedCuts(traced, segments), example)
     most, kept, total = max(needs), [], 0
     for segment, need in zip(reversed(segments), reversed(needs), strict=True):
         if total and total + need > most:
@@ -37,16 +37,20 @@ def balanced_ends(
     return [*reversed(kept), *hidden]
 
 
-def _activation_bytes(network: nn.Module, cuts: TracedCuts, example: Tensor) -> list[int]:
-    """Bytes that each block saves for its backward, parameters and buffers aside."""
-    own = {t.data_ptr() for t in (*network.parameters(), *network.buffers())}
+def activation_bytes(network: nn.Module, cuts: TracedCuts, example: Tensor) -> list[int]:
+    """Bytes that each block saves for its backward, for one more image in the batch."""
+    # What does not grow with the batch are products of weights.
+    few, more = (_saved_bytes(network, cuts, example[:1], images) for images in (1, 3))
+    return [(b - a) // 2 for a, b in zip(few, more, strict=True)]
+
+
+def _saved_bytes(network: nn.Module, cuts: TracedCuts, example: Tensor, images: int) -> list[int]:
     saved: dict[int, int] = {}
     needs: list[int] = []
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage.nbytes()
+        saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     def visit(index: int, roots: tuple[Tensor, ...], logits: Tensor | None) -> None:
@@ -55,5 +59,5 @@ def _activation_bytes(network: nn.Module, cuts: TracedCuts, example: Tensor) -> 
 
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     with in_mode(network, False), torch.enable_grad(), hooks:
-        cuts.run(example[:1], visit)
+        cuts.run(example.expand(images, *example.shape[1:]).contiguous(), visit)
     return needs
