@@ -243,6 +243,9 @@ def _attention_refusal(module: nn.MultiheadAttention) -> str | None:
 
 
 def _fold_parametrizations(module: nn.Module) -> None:
+    # A deep copy shares its original's class, and folding takes the property off the class.
+    shared = type(module)
+    module.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))
     for tensor in list(module.parametrizations):
         try:
             parametrize.remove_parametrizations(module, tensor, leave_parametrized=True)
