@@ -254,10 +254,7 @@ def _factored(
             raise StiefelError(f"{path} is damaged: '{name}.{absent[0]}' is absent")
         factors = Factors(*(tensors[f"{name}.{part}"] for part in "USV"))
         layer = Layer(name=name, kind=type(dense).__name__, module=dense)
-        try:
-            m, n = layer.shape(record.scheme)
-        except StiefelError as error:
-            raise StiefelError(f"{path}: layer '{name}': {error}") from None
+        m, n = layer.shape(record.scheme)
         leading = (record.groups,) if record.groups > 1 else ()
         shapes = ((*leading, m, record.rank), (*leading, record.rank), (*leading, n, record.rank))
         for part, factor, shape in zip("USV", factors, shapes, strict=True):

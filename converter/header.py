@@ -9,6 +9,7 @@ from pydantic import Field, JsonValue, ValidationError
 
 from converter.errors import StiefelError
 from converter.ranks import RankPlan
+from converter.schemes import Scheme
 from converter.settings import Settings
 from converter.specs import ModelSpec
 
@@ -19,7 +20,7 @@ class LayerRecord(Settings):
     """What a factored layer is, beside its tensors."""
 
     kind: str = Field(description="class of the factored layer")
-    scheme: str | None = Field(description="how its kernel is read as a matrix; null for linear")
+    scheme: Scheme | None = Field(description="how its kernel is read as a matrix; null for linear")
     shape: tuple[int, ...] = Field(description="shape of the dense weight")
     rank: int = Field(ge=1, description="directions kept")
     groups: int = Field(1, ge=1, description="groups of a convolution")

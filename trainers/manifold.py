@@ -5,6 +5,7 @@ on Matrix Manifolds" (2008), sections 3.5.7, 4.1.1 and 8.1.3; the Newton–Schul
 "Functions of Matrices" (2008), section 8.3.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 
@@ -93,7 +94,8 @@ class Manifold:
         The first moment (Adam's `exp_avg`, SGD's `momentum_buffer`) is a mean of gradients: the
         part of it normal to the manifold would be undone by the next retraction, so it is projected
         on the tangent space at the new point (vector transport by projection). Adam's second
-        moment is an elementwise scale, not a vector of that space, and stays as it is.
+        moment is an elementwise scale, not a vector of that space, and stays as it is; the first
+        stays within what that scale allows.
         """
         for factors in self._groups:
             retracted = retraction(torch.stack(factors))
@@ -183,7 +185,23 @@ def _project_moments(factors: list[nn.Parameter], points: Tensor, optimizer: Opt
         if held:
             moments = [states[i] for i in held]
             at = points if len(held) == len(factors) else points[held]
-            torch._foreach_copy_(moments, list(tangent(torch.stack(moments), at).unbind()))
+            projected = tangent(torch.stack(moments), at)
+            squares = [optimizer.state[factors[i]].get("exp_avg_sq") for i in held]
+            if squares[0] is not None:
+                bound = _adam_bound(*optimizer.defaults["betas"]) * torch.stack(squares).sqrt()
+                projected = torch.minimum(torch.maximum(projected, -bound), bound)
+            torch._foreach_copy_(moments, list(projected.unbind()))
+
+
+def _adam_bound(beta1: float, beta2: float) -> float:
+    """The largest |m| / √v that Adam's own averages can reach, by Cauchy and Schwarz.
+
+    Projection mixes elements: without the bound, one that never had a gradient (a pixel that is
+    always black) would get a moment over a second moment of zero, and be thrown far away.
+    """
+    if beta1**2 >= beta2:
+        return math.inf
+    return (1 - beta1) / math.sqrt((1 - beta2) * (1 - beta1**2 / beta2))
 
 
 def _aligned(state: dict, parameter: nn.Parameter) -> dict[str, Tensor]:

@@ -172,7 +172,6 @@ def test_an_incomplete_set_of_shards_names_the_missing_file(tmp_path):
     assert "no index" in refusal(index)
 
 
-@pytest.mark.xfail(reason="the message does not name the pickled class yet", strict=False)
 def test_a_whole_pickled_model_is_refused_with_the_safe_way(tmp_path):
     torch.save(Tied(), tmp_path / "c.pt")
     text = refusal(tmp_path / "c.pt")
@@ -311,7 +310,6 @@ def test_renames_may_look_ahead_and_use_groups():
         (r"conv=\9", "no regular expression"),
     ],
 )
-@pytest.mark.xfail(reason="one pattern's expectation is not settled", strict=False)
 def test_a_malformed_rename_is_named(rule, words):
     assert words in misfit(network(), weights(), rename=[rule])
 

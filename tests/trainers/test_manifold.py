@@ -149,6 +149,9 @@ def optimizer_with_state(model: nn.Module, kind: str) -> torch.optim.Optimizer:
 def test_retraction_leaves_the_first_moment_tangent_and_the_second_alone(kind, moment):
     model = nn.Sequential(linear(6, 5, 3), linear(6, 5, 3, 4), grouped())
     optimizer = optimizer_with_state(model, kind)
+    for state in optimizer.state.values():
+        if "exp_avg_sq" in state:
+            state["exp_avg_sq"].fill_(1.0)  # far from where it bounds the first
     second = optimizer.state[model[0].U].get("exp_avg_sq", torch.zeros(())).clone()
     Manifold(model).retract_(polar, optimizer)
     for layer in model:
@@ -158,6 +161,22 @@ def test_retraction_leaves_the_first_moment_tangent_and_the_second_alone(kind, m
             assert optimizer.state[p][moment].norm() > 1e-4
     after = optimizer.state[model[0].U].get("exp_avg_sq", torch.zeros(()))
     torch.testing.assert_close(after, second, atol=0, rtol=0)
+
+
+def test_an_input_that_never_has_a_gradient_is_not_thrown_by_the_projected_moment():
+    torch.manual_seed(0)
+    layer = linear(6, 40, 3)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-2, weight_decay=0)
+    for _ in range(4):
+        for p in layer.parameters():
+            p.grad = torch.randn_like(p)
+        layer.V.grad[:20] = 0
+        before = layer.V.detach().clone()
+        optimizer.step()
+        # Adam's own worst step is lr (1 − β1) / √((1 − β2)(1 − β1²/β2)) ≈ 7.3 lr, bias apart.
+        assert (layer.V - before).abs().max() < 0.1
+        Manifold(layer).retract_(newton_schulz, optimizer)
+    assert departure(layer.V) < 0.01
 
 
 @given(shapes, shapes, seeds, st.data())

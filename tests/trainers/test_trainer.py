@@ -148,15 +148,12 @@ def test_the_same_seed_repeats_and_another_does_not(data):
 
 
 @pytest.mark.parametrize("retraction", ["newton-schulz", "qr", "polar"])
-@pytest.mark.xfail(
-    reason="open: one Newton-Schulz step in five leaves a departure above the bound", strict=False
-)
 def test_factors_stay_on_the_manifold_and_s_stays_positive(data, retraction):
     model = network()
     chosen = settings(epochs=3, lr=0.02, retract_every=1, retraction=retraction)
     train_local(model, data, settings=chosen)
     assert Manifold(model).departure() < 0.05
-    assert min(float(m.S.min()) for m in factored_layers(model).values()) >= 0.99 * SMALLEST_S
+    assert min(m.S.min().item() for m in factored_layers(model).values()) >= 0.99 * SMALLEST_S
 
 
 def test_without_retraction_factors_leave_the_manifold(data):
@@ -165,7 +162,6 @@ def test_without_retraction_factors_leave_the_manifold(data):
     assert Manifold(model).departure() > 0.1
 
 
-@pytest.mark.xfail(reason="open: ranks do not fall strictly every epoch", strict=False)
 def test_ranks_fall_to_the_target_and_the_records_tell(data):
     model = network()
     schedule = RankSchedule(final="0.2", start=2, end=4, floor=1)
@@ -173,7 +169,9 @@ def test_ranks_fall_to_the_target_and_the_records_tell(data):
     told = [record["ranks"] for record in history.records]
     assert told[-1] == {n: m.rank for n, m in factored_layers(model).items()}
     assert told[-1] == {n: round(0.2 * m.full_rank) for n, m in factored_layers(model).items()}
-    assert all(a[n] > b[n] for a, b in zip(told, told[1:], strict=False) for n in a)
+    assert all(a[n] >= b[n] for a, b in zip(told, told[1:], strict=False) for n in a)
+    parameters = [record["parameters"] for record in history.records]
+    assert sorted(set(parameters), reverse=True) == parameters
     assert history.records[-1]["parameters"] == sum(p.numel() for p in model.parameters())
 
 
@@ -280,10 +278,9 @@ def test_bad_data_is_one_clear_error(given, says, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.xfail(reason="wording not settled", strict=False)
 def test_images_that_do_not_fit_the_model_s_own_specification_are_named():
     model = convert(dense := load("zoo:digits"), plan(dense, "0.4"))
-    with pytest.raises(StiefelError, match="own has images 3x8x8, zoo:digits takes 1x8x8"):
+    with pytest.raises(StiefelError, match="own has images 3x8x8, zoo:digits 1x8x8"):
         train_local(model, own(Images(range(10), (3, 8, 8))), settings=settings(batch_size=2))
 
 
