@@ -11,6 +11,7 @@ from converter import cost, ranks
 from converter.budgets import Decision, Menu, by_budget, by_latency
 from converter.calibration import Calibration
 from converter.decompose import Spectrum
+from converter.errors import StiefelError
 from converter.latency import LatencyPrices
 from converter.layers import Layer, find_layers, parameters_per_rank, prepared
 from converter.prices import MacPrices, ParameterPrices
@@ -37,14 +38,15 @@ def plan(
         model: dense, or factored already: factored layers can only fall in rank.
         rank: a policy, or how `parse_rank` reads one: 32, 0.25, "energy=0.95", "params=0.5", …
         scheme: "spatial", "channel", or "auto": whichever suits each layer better.
-        example: an input batch (N, C, H, W), to count MACs by; budgets on MACs need it.
+        example: an input batch (N, C, H, W), to count MACs by; budgets on MACs or latency need it,
+            and latency is that of one pass of the whole batch.
         calibration: unlabelled images (N, C, H, W), normalised; errors are then in the norm of each
             layer's own inputs (unless settings.whitened is off).
         settings: of the calibration.
         layers: exceptions by glob over layer names, of which the last that matches wins: "keep",
             or a mapping with "rank" (a policy that is no budget) or "scheme" or both. A rank given
             here is obeyed even where it saves nothing.
-        device: where to decompose.
+        device: where to decompose, and where latency is measured.
         progress: called with ("plan", layers done, layers).
 
     Raises:
@@ -80,8 +82,7 @@ def plan(
     if isinstance(policy, Budget):
         menu = Menu(owners, requests, decisions, decompose, progress)
         if policy.cost == "latency":
-            prices = LatencyPrices(ready, example, cost.layer_calls(ready, example, len(example)))
-            decisions, latency = by_latency(policy, menu, prices)
+            decisions, latency = _by_latency(policy, menu, ready, example, torch.device(device))
         else:
             on_params = policy.cost == "params"
             prices = ParameterPrices(parameters) if on_params else MacPrices(macs, calls)
@@ -100,6 +101,22 @@ def plan(
     )
     result._spectra.update(decompose.known)
     return result
+
+
+def _by_latency(
+    policy: Budget, menu: Menu, model: nn.Module, example: Tensor | None, device: torch.device
+) -> tuple[dict[str, Decision], dict[str, float]]:
+    """Decisions under a latency budget, as measured on `device`."""
+    if example is None:
+        raise StiefelError(f"{policy} needs an example batch to time the model with")
+    home = next(model.parameters()).device
+    model.to(device)
+    try:
+        example = example.to(device)
+        calls = cost.layer_calls(model, example, len(example))
+        return by_latency(policy, menu, LatencyPrices(model, example, calls))
+    finally:
+        model.to(home)
 
 
 def _by_policy(layer: Layer, request: Request, decompose: Decomposer) -> Decision:
