@@ -11,6 +11,7 @@ matplotlib.use("Agg")  # no screen needed, wherever this runs
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from converter.files import atomic_path
 
@@ -40,6 +41,7 @@ def draw_training(report: Mapping[str, Any], path: Path) -> Path:
     top.legend(loc="lower right", frameon=False)
     bottom.set_ylabel("rank, each layer")
     bottom.set_xlabel("epoch")
+    bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
     return _save(figure, path)
 
 
@@ -61,7 +63,7 @@ def draw_comparison(report: Mapping[str, Any], path: Path) -> Path:
         for ratio in report.get("bench_ratios", [])
     ]
     figure, (left, right) = plt.subplots(
-        1, 2, figsize=(8, 0.45 * max(6, len(bars)) + 1), width_ratios=(1, 2.4), layout="constrained"
+        1, 2, figsize=(9, 0.36 * max(8, len(bars)) + 1), width_ratios=(1, 2), layout="constrained"
     )
     stages = [stage for stage in ("dense", "converted", "trained") if report.get(stage)]
     heights = [100 * report[stage]["accuracy"] for stage in stages]
