@@ -35,7 +35,7 @@ def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
     device = torch.device(device)
     facts: dict[str, Any] = {
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         **{name.replace("-", "_"): v for name in PACKAGES.split() if (v := _version(name))},
         "processor": _processor(),
         "cpu_count": os.cpu_count(),

@@ -31,6 +31,7 @@ from stiefel.inputs import (
     seed_option,
     write_json,
 )
+from stiefel.materials import build, calibration_images, example_of, make_plan, open_data
 from stiefel.options import collect, settings_options
 from stiefel.plots import draw_bench, draw_spectra
 from stiefel.recipe import (
@@ -39,16 +40,7 @@ from stiefel.recipe import (
     load_recipe,
     resolved,
 )
-from stiefel.run import (
-    build,
-    calibration_images,
-    default_folder,
-    dry_run,
-    example_of,
-    make_plan,
-    open_data,
-    run,
-)
+from stiefel.run import default_folder, dry_run, run
 from trainers.cuts import describe_cuts
 from trainers.data import images
 from trainers.device import resolve_device
