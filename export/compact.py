@@ -91,9 +91,11 @@ def compaction(model: nn.Module) -> Compaction:
     ranks, merged, pairs = {}, [], {}
     factored = factored_layers(model)
     for name, layer in factored.items():
-        if _pays(layer):
+        read = calls is not None and name in calls.read
+        # Where a model reads a weight, only a linear layer's can stay two products.
+        if _pays(layer) and (not read or isinstance(layer, FactoredLinear)):
             ranks[name] = layer.rank
-            called = calls is not None and name in calls.called
+            called = calls is not None and name in calls.called and not read
             new[name] = _pair(layer, _norm(model, follows, name), called, pairs)
         else:
             merged.append(name)
@@ -138,7 +140,9 @@ def reads_size(model: nn.Module) -> bool:
 @dataclass(frozen=True)
 class _Calls:
     graph: fx.Graph
-    called: dict[str, int]  # module name (first of its names) -> number of calls
+    # Modules go by the first of their names.
+    called: dict[str, int]  # how often
+    read: frozenset[str]  # whose tensors the model reads instead of calling them
 
 
 class _Tracer(fx.Tracer):
@@ -157,11 +161,14 @@ def _trace(model: nn.Module) -> _Calls | None:
         return None
     names = {id(module): name for name, module in model.named_modules()}
     called: dict[str, int] = {}
+    read: set[str] = set()
     for node in graph.nodes:
         if node.op == "call_module":
             name = names[id(model.get_submodule(node.target))]
             called[name] = called.get(name, 0) + 1
-    return _Calls(graph, called)
+        elif node.op == "get_attr":
+            read.add(names[id(model.get_submodule(node.target.rpartition(".")[0]))])
+    return _Calls(graph, called, frozenset(read))
 
 
 def _batch_norms(model: nn.Module, calls: _Calls | None) -> dict[str, str]:
@@ -173,7 +180,8 @@ def _batch_norms(model: nn.Module, calls: _Calls | None) -> dict[str, str]:
         before = node.all_input_nodes[0]
         if before.op != "call_module" or len(before.users) != 1:
             continue
-        once = calls.called.get(before.target) == 1 and calls.called.get(node.target) == 1
+        both = (before.target, node.target)
+        once = all(calls.called.get(name) == 1 and name not in calls.read for name in both)
         layer, norm = model.get_submodule(before.target), model.get_submodule(node.target)
         if once and _foldable(layer) and isinstance(norm, BatchNorm) and _plain(norm):
             found[before.target] = node.target
