@@ -23,6 +23,9 @@ from export.doctor import stiefel_version
 VACUOUS = 1e-3
 # Largest difference allowed, relative to the reference's largest magnitude.
 TOLERANCES = {"fp32": 1e-4, "fp16": 3e-2, "bf16": 1e-1}
+_UNKNOWN_OPERATOR = re.compile(
+    r"No Op registered for (\S+) with|(\S+)\(-?\d+\) is not a registered function"
+)
 
 
 @dataclass(frozen=True)
@@ -107,9 +110,12 @@ def session(path: Path | bytes, *, optimise: bool = True) -> onnxruntime.Inferen
 def reason(error: BaseException) -> str:
     """ONNX Runtime's message in one line, without its codes and source positions."""
     text = re.sub(r"\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error).strip())
-    text = re.sub(r"/\S+\.(cc|h):\d+ ", "", text)
-    if "Protobuf parsing failed" in text or "INVALID_PROTOBUF" in str(error):
+    text = re.sub(r"/\S+\.(cc|h):\d+ |^Load model from .*? failed: ?", "", text)
+    unread = ("Protobuf parsing failed", "INVALID_PROTOBUF", "No graph was found")
+    if any(sign in str(error) for sign in unread):
         return "not an ONNX file, or cut short; export it again"
+    if found := _UNKNOWN_OPERATOR.search(text):
+        return f"it needs the operator {found[1] or found[2]}, which this ONNX Runtime doesn't have"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[0][:300] if lines else type(error).__name__
 

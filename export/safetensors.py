@@ -4,8 +4,7 @@ The tensors are those of the compact model's `state_dict`; the header's metadata
 of the original architecture are replaced by what. Five lines rebuild it, without stiefel::
 
     model = torchvision.models.resnet18()
-    with safetensors.safe_open(path, "pt") as file:
-        layers = json.loads(file.metadata()["layers"])
+    layers = json.loads(safetensors.safe_open(path, "pt").metadata()["layers"])
     for name, (kind, options) in layers.items():
         model.set_submodule(name, getattr(torch.nn, kind)(**options))
     model.load_state_dict(safetensors.torch.load_file(path))
