@@ -18,11 +18,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     Raises:
         StiefelError: the folder doesn't exist or can't be written, or the disk is full.
     """
-    target = Path(path)
-    if target.is_dir():
-        raise StiefelError(f"{target} is a folder; name a file to write")
-    if not target.parent.is_dir():
-        raise StiefelError(f"cannot write {target}: folder {target.parent} does not exist")
+    target = check_place(path)
     # A unique name lets two writers race without seeing each other's half-written file.
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -35,6 +31,22 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         raise StiefelError(f"cannot write {target}: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_place(path: str | Path) -> Path:
+    """The path, if a file could be written there: asked before long work, not after it.
+
+    Raises:
+        StiefelError: it is a folder, or its folder doesn't exist or can't be written.
+    """
+    target = Path(path)
+    if target.is_dir():
+        raise StiefelError(f"{target} is a folder; name a file to write")
+    if not target.parent.is_dir():
+        raise StiefelError(f"cannot write {target}: folder {target.parent} does not exist")
+    if not os.access(target.parent, os.W_OK):
+        raise StiefelError(f"cannot write {target}: folder {target.parent} is not writable")
+    return target
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 
 import stiefel
 from converter import convert as factoring
@@ -21,6 +22,7 @@ from stiefel import tables
 from stiefel.console import Console
 from stiefel.inputs import (
     FILE,
+    NEW_FILE,
     data_options,
     data_section,
     device_option,
@@ -108,9 +110,9 @@ def run_command(
 @click.option("--layer", "layers", multiple=True, metavar="GLOB=RANK|keep", help="an exception")
 @click.option("--calibrate", metavar="DATA", help="a data source whose training images calibrate")
 @click.option("--plan", "plan_file", type=FILE, help="use this plan, written by --plan-out")
-@click.option("--plan-out", type=FILE, help="write the plan as JSON, to read or edit")
+@click.option("--plan-out", type=NEW_FILE, help="write the plan as JSON, to read or edit")
 @click.option("--dry-run", "dry", is_flag=True, help="print the plan, write no model")
-@click.option("--output", "-o", type=FILE, help="the factored checkpoint to write")
+@click.option("--output", "-o", type=NEW_FILE, help="the factored checkpoint to write")
 @device_option
 @seed_option
 @json_option
@@ -119,6 +121,7 @@ def convert(**values: Any) -> None:
     output, dry, seed = values.pop("output"), values.pop("dry"), values.pop("seed")
     if output is None and not dry:
         raise click.UsageError("name the file to write: -o FILE.safetensors (or --dry-run)")
+    torch.manual_seed(seed)  # a model without a checkpoint is drawn
     model = build(model_section(values), note=console.note)
     layers = dict(_layer_exception(text) for text in values.pop("layers"))
     section = collect(ConvertSection, values, layers=layers, calibrate=values.pop("calibrate"))
@@ -156,7 +159,9 @@ def convert(**values: Any) -> None:
 @settings_options(TrainSettings, SSA, DFA, BP)
 @click.option("--resume", is_flag=True, help="go on with an interrupted training in --out")
 @click.option("--out", type=FILE, help="folder for log and checkpoints  [default: OUTPUT's stem]")
-@click.option("--output", "-o", type=FILE, required=True, help="the trained checkpoint to write")
+@click.option(
+    "--output", "-o", type=NEW_FILE, required=True, help="the trained checkpoint to write"
+)
 @json_option
 def train_command(path: Path, rule: str, **values: Any) -> None:
     """Train a factored model with local, SVD-structured feedback."""
@@ -189,7 +194,7 @@ def train_command(path: Path, rule: str, **values: Any) -> None:
 
 @main.command()
 @click.argument("path", type=FILE)
-@click.option("--output", "-o", type=FILE, required=True, help="FILE.onnx or FILE.safetensors")
+@click.option("--output", "-o", type=NEW_FILE, required=True, help="FILE.onnx or FILE.safetensors")
 @click.option("--data", "source", help="prove the export on these real images too")
 @settings_options(OnnxSettings)
 @json_option
@@ -216,8 +221,8 @@ def export(path: Path, output: Path, source: str | None, json_file: Path | None,
 @main.command("bench")
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
 @settings_options(BenchSettings)
-@click.option("--plot", type=FILE, help="draw latency against batch")
-@click.option("--markdown", type=FILE, help="write the tables as Markdown")
+@click.option("--plot", type=NEW_FILE, help="draw latency against batch")
+@click.option("--markdown", type=NEW_FILE, help="write the tables as Markdown")
 @json_option
 def bench_command(
     models: tuple[str, ...],
@@ -268,7 +273,7 @@ def evaluate_command(**values: Any) -> None:
 
 @main.command("inspect")
 @model_options
-@click.option("--plot", type=FILE, help="draw the singular-value spectra and chosen ranks")
+@click.option("--plot", type=NEW_FILE, help="draw the singular-value spectra and chosen ranks")
 @click.option("--cuts", is_flag=True, help="show the local blocks instead")
 @json_option
 def inspect_command(plot: Path | None, cuts: bool, **values: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from converter.files import write_text
+from converter.files import check_place, write_text
 from converter.models import parse_args
 from stiefel.options import collect, settings_options
 from stiefel.recipe import DataSection, ModelSection
@@ -17,7 +17,18 @@ from stiefel.tables import plain
 Command = TypeVar("Command", bound=Callable[..., Any])
 FILE = click.Path(path_type=Path)
 
-json_option = click.option("--json", "json_file", type=FILE, help="write the result as JSON")
+
+class NewFile(click.Path):
+    """A file to be written: that it can be is known before the work begins, not after."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Path:
+        """See click; raises StiefelError."""
+        return check_place(super().convert(value, param, ctx))
+
+
+NEW_FILE = NewFile(path_type=Path)
+
+json_option = click.option("--json", "json_file", type=NEW_FILE, help="write the result as JSON")
 seed_option = click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 device_option = click.option(
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True

@@ -158,10 +158,8 @@ def load_recipe(path: str | Path, changes: tuple[str, ...] = ()) -> Recipe:
     except ValidationError as error:
         # A misspelt key is often why another is missing, and tells more.
         problem = min(error.errors(), key=lambda p: p["type"] != "extra_forbidden")
-        line = line_of(node, problem["loc"])
-        raise StiefelError(
-            f"{path}{f', line {line}' if line else ''}: {describe(problem, Recipe)}"
-        ) from error
+        place = _origin(path, node, problem["loc"], changes)
+        raise StiefelError(f"{place}: {describe(problem, Recipe)}") from error
 
 
 def resolved(recipe: Recipe) -> dict[str, Any]:
@@ -172,6 +170,18 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
 def save_recipe(recipe: Recipe, path: str | Path) -> None:
     """Write the resolved recipe as YAML, atomically."""
     write_text(path, yaml.safe_dump(resolved(recipe), sort_keys=False, allow_unicode=True))
+
+
+def _origin(
+    path: Path, node: yaml.Node, location: tuple[int | str, ...], changes: tuple[str, ...]
+) -> str:
+    """Where a wrong value came from: the change that set it, or the recipe's file and line."""
+    for change in changes:
+        keys = change.partition("=")[0].split(".")
+        if keys == [str(part) for part in location][: len(keys)]:
+            return change
+    line = line_of(node, location)
+    return f"{path}, line {line}" if line else str(path)
 
 
 def _refuse_second_homes(document: dict[str, Any], path: Path) -> None:

@@ -192,3 +192,13 @@ def test_the_module_is_the_command():
         check=True,
     )
     assert done.stdout.startswith("stiefel")
+
+
+def test_where_no_file_can_be_written_is_told_before_the_work(monkeypatch, tmp_path):
+    monkeypatch.setattr("stiefel.cli.build", lambda *_, **__: pytest.fail("work began"))
+    result = CliRunner().invoke(
+        main, ["convert", "--model", "zoo:digits", "-o", str(tmp_path / "no" / "x.safetensors")]
+    )
+    assert result.exit_code == 1
+    assert "folder" in result.stderr
+    assert "does not exist" in result.stderr

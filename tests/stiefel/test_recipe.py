@@ -74,3 +74,11 @@ def test_a_recipe_that_is_not_there_is_named(tmp_path):
 def test_a_change_that_is_none_is_refused(change):
     with pytest.raises(StiefelError):
         load_recipe(RECIPES / "digits.yaml", (change,))
+
+
+def test_a_wrong_change_is_named_itself_not_a_line_of_the_file(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("model: {name: zoo:mlp}\ntrain:\n  epochs: 2\n")
+    with pytest.raises(StiefelError, match=r"^train\.epoch=3: .* did you mean epochs") as caught:
+        load_recipe(path, ("train.epoch=3",))
+    assert "line" not in str(caught.value)
