@@ -35,7 +35,7 @@ from stiefel.inputs import (
 )
 from stiefel.materials import build, calibration_images, example_of, make_plan, open_data
 from stiefel.options import collect, settings_options
-from stiefel.plots import draw_bench, draw_spectra
+from stiefel.plots import draw_bench, draw_diagnostics, draw_spectra
 from stiefel.recipe import (
     ConvertSection,
     DataSection,
@@ -188,6 +188,8 @@ def train_command(path: Path, rule: str, **values: Any) -> None:
         raise KeyboardInterrupt
     if is_main_process():
         save_factored(model, output, history={"step": "train-local", "rule": rule})
+        if history.diagnostics:
+            draw_diagnostics(history.diagnostics, out / "diagnostics.png")
         console.show(f"Best test accuracy {100 * history.best_accuracy:.2f} %. Wrote {output}.")
     write_json(values["json_file"], history)
 

@@ -1,5 +1,6 @@
 """Pictures of a run: accuracy and rank over training, dense against factored, spectra."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,44 @@ def draw_comparison(report: Mapping[str, Any], path: Path) -> Path:
     return _save(figure, path)
 
 
+def draw_diagnostics(looks: Sequence[Mapping[str, Any]], path: Path) -> Path:
+    """What a training was like inside: a line for each layer or block, from input to output.
+
+    Args:
+        looks: `History.diagnostics`, at least one.
+        path: the picture to write.
+    """
+    figure, axes = plt.subplots(2, 2, figsize=(9, 6.4), sharex=True, layout="constrained")
+    epochs = [look["epoch"] for look in looks]
+
+    def lines(axis: Axes, label: str, found: Sequence[Mapping[str, float | None]]) -> None:
+        names = [name for name, value in found[-1].items() if value is not None]
+        colours = plt.get_cmap("viridis")
+        for place, name in enumerate(names):
+            colour = colours(0.9 * place / max(1, len(names) - 1))
+            values = [math.nan if at.get(name) is None else at[name] for at in found]
+            axis.plot(epochs, values, "o-", color=colour, label=name, markersize=3)
+        axis.set_ylabel(label)
+        if names:
+            ends = {0, len(names) - 1} if len(names) > 8 else range(len(names))
+            handles = axis.get_legend_handles_labels()[0]
+            axis.legend(handles=[handles[k] for k in sorted(ends)], frameon=False, fontsize=7)
+
+    def of_layers(key: str) -> list[dict[str, float | None]]:
+        return [{n: line.get(key) for n, line in look["layers"].items()} for look in looks]
+
+    (angle, probe), (off, rank) = axes
+    lines(angle, "angle to backpropagation, °", of_layers("angle_deg"))
+    angle.axhline(90, color=MUTED, linestyle="--")
+    lines(probe, "linear probe, test accuracy, %", [_probes(look) for look in looks])
+    lines(off, "departure ‖UᵀU − I‖", of_layers("departure"))
+    lines(rank, "rank", of_layers("rank"))
+    for axis in (off, rank):
+        axis.set_xlabel("epoch (0: before training)")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return _save(figure, path)
+
+
 def draw_bench(rows: Sequence[Any], path: Path) -> Path:
     """Median latency against batch size, one panel for each runtime, device and precision.
 
@@ -138,6 +177,15 @@ def draw_spectra(
     figure.supxlabel("singular direction; the line is the chosen rank", fontsize=9)
     figure.supylabel("singular value / largest", fontsize=9)
     return _save(figure, path)
+
+
+def _probes(look: Mapping[str, Any]) -> dict[str, float]:
+    """Each block's best root, in percent."""
+    return {
+        name: 100 * max(readout["probe_accuracy"] for readout in block["readouts"].values())
+        for name, block in look["blocks"].items()
+        if block["readouts"]
+    }
 
 
 def _colours(count: int) -> list[Any]:

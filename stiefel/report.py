@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from rich.table import Table
 
 from converter.files import write_text
-from stiefel.plots import draw_comparison, draw_training
+from stiefel.plots import draw_comparison, draw_diagnostics, draw_training
 
 Report = Mapping[str, Any]
 STAGES = {"dense": "dense", "converted": "converted", "trained": "trained locally"}
@@ -26,6 +26,8 @@ def write(report: Report, folder: Path) -> list[Path]:
     plots = []
     if report.get("training") or report.get("pretraining"):
         plots.append(draw_training(report, folder / "training.png"))
+    if looks := report.get("training", {}).get("diagnostics"):
+        plots.append(draw_diagnostics(looks, folder / "diagnostics.png"))
     plots.append(draw_comparison(report, folder / "comparison.png"))
     write_text(folder / "report.json", json.dumps(report, indent=2) + "\n")
     write_text(folder / "report.md", markdown(report, plots))

@@ -268,10 +268,12 @@ class Road:
 def history_figures(history: History) -> dict[str, Any]:
     """A training history as plain data, with the ranks that it ended on."""
     records = history.records
+    looks = {"diagnostics": history.diagnostics} if history.diagnostics else {}
     return {
         "records": records,
         "best_accuracy": history.best_accuracy,
         "ranks": records[-1]["ranks"] if records else {},
+        **looks,
     }
 
 

@@ -24,7 +24,7 @@ from trainers.image_set import (
 )
 from trainers.sources import CHANNEL_MODES, KINDS, Source
 
-__all__ = ["Data", "ImageSet", "batches", "epoch_order", "images", "load_data"]
+__all__ = ["Data", "ImageSet", "batches", "epoch_order", "examples", "images", "load_data"]
 
 
 @dataclass(frozen=True)
@@ -103,12 +103,18 @@ def images(dataset: Dataset[Item], count: int, seed: int = 0) -> Tensor:
     Raises:
         StiefelError: the data set is empty.
     """
+    return examples(dataset, count, seed)[0]
+
+
+def examples(dataset: Dataset[Item], count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """`images`, and their labels (count,) int64."""
     if len(dataset) == 0:  # type: ignore[arg-type]
         raise StiefelError("no images to draw from: the data set is empty")
     if isinstance(dataset, ImageSet):
-        return dataset.plain().limited(count, seed).batch(range(min(count, len(dataset))))[0]
+        return dataset.plain().limited(count, seed).batch(range(min(count, len(dataset))))
     order = epoch_order(len(dataset), seed, 0)[:count]  # type: ignore[arg-type]
-    return torch.stack([dataset[index][0] for index in order.tolist()])
+    x, y = zip(*(dataset[index] for index in order.tolist()), strict=True)
+    return torch.stack(x), torch.tensor([int(label) for label in y])
 
 
 def _from_factory(

@@ -92,9 +92,13 @@ class KolenPollack(nn.Module):
         """Feedback: errors (N, C) to e Bᵀ (N, D)."""
         return F.linear(error @ self.B_V, self.sent)
 
+    def forward(self, z: Tensor) -> Tensor:
+        """Read-out: z (N, D) to logits (N, C); there is none with the global error."""
+        return F.linear(z @ self.read, self.B_V, self.bias)
+
     def local_loss(self, z: Tensor, y: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """The read-out's cross-entropy, its error carried to z by B instead of the read-out."""
-        logits = F.linear(z.detach() @ self.read, self.B_V, self.bias)
+        logits = self(z.detach())
         error = output_error(logits.detach(), y, label_smoothing)
         loss = cross_entropy(logits, y, label_smoothing) + self._shrinking(self.read)
         return loss + self.global_loss(z, error, y)

@@ -20,17 +20,18 @@ MIB = 2**20
 class SavedActivations:
     """Counts, while it is entered, the bytes that autograd holds for backward.
 
-    Parameters and buffers are not counted, and a storage that several nodes save counts once.
+    The modules' parameters and buffers are not counted, and a storage that several nodes save
+    counts once.
 
     Attributes:
         peak_bytes: the most that was held at any time.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, *modules: nn.Module) -> None:
         self.peak_bytes = 0
         self._live = 0
         self._holders: Counter[tuple[int, int]] = Counter()
-        tensors = (*model.parameters(), *model.buffers())
+        tensors = (t for m in modules for t in (*m.parameters(), *m.buffers()))
         self._own = {t.untyped_storage().data_ptr() for t in tensors}
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
 
@@ -95,6 +96,6 @@ def activation_memory_mib(
     learner = make_rule(rule)
     state = learner.init(network, batch, num_classes, torch.Generator().manual_seed(0), teacher)
     labels = torch.arange(len(batch), device=batch.device) % num_classes
-    with SavedActivations(network) as saved:
+    with SavedActivations(network, state) as saved:
         learner.step(network, state, batch, labels)
     return saved.peak_bytes / MIB

@@ -67,3 +67,9 @@ class TrainSettings(Settings):
     log_every: int = Field(
         50, ge=1, description="steps between looks at the loss (each waits for the device)"
     )
+    diagnostics: int = Field(
+        0,
+        ge=0,
+        description="epochs between looks at angles to backpropagation's gradient, read-outs and "
+        "factors (each look needs backpropagation's memory); 0: none",
+    )

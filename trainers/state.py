@@ -15,11 +15,19 @@ from converter.files import atomic_path, write_text
 
 FORMAT = "stiefel training state 1"
 # What may differ between a run and its continuation: nothing that changes the result on a CPU.
-_FREE = {"device", "workers", "log_every", "early_stop", "deterministic", "memory_format"}
+_FREE = {
+    "device",
+    "workers",
+    "log_every",
+    "early_stop",
+    "deterministic",
+    "memory_format",
+    "diagnostics",
+}
 
 
 class RunFolder:
-    """`state.pt`, `last.safetensors`, `best.safetensors` and `log.jsonl` in one folder."""
+    """Checkpoints, `log.jsonl` and `diagnostics.jsonl`, and `state.pt` in one folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
@@ -27,6 +35,7 @@ class RunFolder:
         self.last = self.path / "last.safetensors"
         self.best = self.path / "best.safetensors"
         self.log = self.path / "log.jsonl"
+        self.diagnostics = self.path / "diagnostics.jsonl"
 
     def start(self) -> None:
         """Make the folder; clear it of a finished run.
@@ -40,7 +49,7 @@ class RunFolder:
             )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            for file in (self.state, self.last, self.best, self.log):
+            for file in (self.state, self.last, self.best, self.log, self.diagnostics):
                 file.unlink(missing_ok=True)
         except OSError as error:
             raise StiefelError(f"cannot use {self.path} for training: {error.strerror}") from error
@@ -48,7 +57,9 @@ class RunFolder:
     def write(self, network: nn.Module, state: Mapping[str, Any], *, best: bool) -> None:
         """Write the checkpoints, the log, and last of all the state, each whole or not at all."""
         records = state["records"]
-        write_text(self.log, "".join(json.dumps(record) + "\n" for record in records))
+        write_text(self.log, _lines(records))
+        if state["looks"]:
+            write_text(self.diagnostics, _lines(state["looks"]))
         history = {"step": "train", "rule": state["rule_settings"]["name"], "epochs": len(records)}
         for path in [self.best, self.last] if best else [self.last]:
             save_factored(network, path, history=history)
@@ -70,6 +81,10 @@ class RunFolder:
         if not isinstance(state, dict) or state.get("format") != FORMAT:
             raise StiefelError(f"{self.state} is no training state of this version")
         return state
+
+
+def _lines(records: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)
 
 
 def check_same(kept: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:

@@ -7,19 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from converter.cost import count_parameters
 from converter.errors import StiefelError
 from converter.factors import factored_layers
-from converter.settings import Settings
 from trainers import checks
 from trainers.data import Data, batches, epoch_order, images
 from trainers.device import autocast, peak_memory_mib, resolve_device
+from trainers.diagnostics import Diagnostics
 from trainers.distributed import World, join_world, synchronised_batch_norm
 from trainers.evaluate import evaluate
+from trainers.history import History
 from trainers.interrupt import Stop, interruptible
 from trainers.meter import Meter, Reading
 from trainers.randomness import random_state, repeatable, restore_random_state
@@ -32,17 +32,6 @@ from trainers.update import Update
 __all__ = ["History", "TrainSettings", "train_local"]
 
 Metrics = Callable[[dict[str, Any]], None]
-
-
-class History(Settings):
-    """What a training run came to."""
-
-    records: list[dict[str, Any]] = Field(
-        description="one for each epoch: epoch, loss, train_accuracy, test_accuracy, test_loss, "
-        "block_losses, lr, ranks, parameters, images_per_s, seconds, peak_memory_mib"
-    )
-    best_accuracy: float = Field(description="highest test accuracy of any epoch, 0..1")
-    interrupted: bool = Field(description="whether it was stopped before its end")
 
 
 def train_local(
@@ -66,8 +55,8 @@ def train_local(
         data: images that fit the model.
         rule: SSA by default.
         teacher: the dense original, for local distillation.
-        out: folder for `log.jsonl`, `last.safetensors`, `best.safetensors` and `state.pt`; without
-            one nothing is kept but the model itself.
+        out: folder for `log.jsonl`, `diagnostics.jsonl`, `last.safetensors`, `best.safetensors` and
+            `state.pt`; without one nothing is kept but the model itself.
         resume: go on with the run in `out`; its weights replace the model's.
         progress: called every `log_every` steps with epoch, epochs, step, steps, loss, accuracy,
             rank, images_per_s and eta_s, and after each epoch with its record, epochs, and
@@ -127,6 +116,7 @@ class _Training:
         # Where the run is: the epoch in hand, from 1, and how many of its steps are done.
         self.epoch, self.step, self.seconds = 1, 0, 0.0
         self.records: list[dict[str, Any]] = []
+        self.looks: list[dict[str, Any]] = []
         self.best, self.stale = -1.0, 0
         self.meter = Meter(world)
 
@@ -165,11 +155,18 @@ class _Training:
             self._restore(kept)
         elif self.folder is not None and self.world.is_main:
             self.folder.start()
+        if settings.diagnostics:
+            rest = {"seed": settings.seed, "label_smoothing": settings.label_smoothing}
+            self.diagnostics = Diagnostics(
+                network, self.rule, self.state, self.data, images=self.part, **rest
+            )
 
     def run(self, stop: Stop) -> History:
         """Train the epochs that are left."""
         while not self._finished():
             if self.step == 0:
+                if not self.records:
+                    self._look(0)
                 self._lower_ranks()
             if not self._train_epoch(stop):
                 self._save(best=False)
@@ -240,6 +237,14 @@ class _Training:
             lowered(self.settings.ranks, self.epoch, epochs, model, self.first_ranks)
         )
 
+    def _look(self, epoch: int) -> None:
+        """Diagnose, if it is time to; the training goes on as if nothing had happened."""
+        every = self.settings.diagnostics
+        if every and epoch % every == 0:
+            self._set_mode()
+            with self.update.paused():
+                self.looks.append({"epoch": epoch, **self.diagnostics()})
+
     def _finish_epoch(self) -> None:
         """Evaluate, record, save."""
         self.world.average_buffers_(self.network)
@@ -259,6 +264,7 @@ class _Training:
             "peak_memory_mib": peak_memory_mib(self.device),
         }
         self.records.append(record)
+        self._look(self.epoch)
         better = accuracy > self.best
         self.best, self.stale = max(self.best, accuracy), 0 if better else self.stale + 1
         self.epoch, self.step, self.seconds = self.epoch + 1, 0, 0.0
@@ -365,7 +371,12 @@ class _Training:
 
     def _history(self, *, interrupted: bool) -> History:
         best = max((record["test_accuracy"] for record in self.records), default=0.0)
-        return History(records=self.records, best_accuracy=best, interrupted=interrupted)
+        return History(
+            records=self.records,
+            best_accuracy=best,
+            interrupted=interrupted,
+            diagnostics=self.looks,
+        )
 
     def _ranks(self) -> dict[str, int]:
         return {name: layer.rank for name, layer in factored_layers(self.network).items()}
@@ -378,5 +389,5 @@ class _Training:
                     module.eval()
 
 
-_PLACE = ("epoch", "step", "seconds", "records", "best", "stale", "first_ranks")
+_PLACE = ("epoch", "step", "seconds", "records", "looks", "best", "stale", "first_ranks")
 _PARTS = ("network", "state", "update", "meter")

@@ -1,6 +1,7 @@
 """From gradients to new weights: averaging, clipping, the optimizer, and the manifold."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -79,6 +80,15 @@ class Update:
             self._average.remove()
             self._hold_parameters()
         return bool(falling)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Meanwhile gradients are nobody's business: none is sent to other processes."""
+        self._average.remove()
+        try:
+            yield
+        finally:
+            self._average = GradientAverage(self._parameters, self._world)
 
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's and the gradient scaler's."""
