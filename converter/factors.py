@@ -11,7 +11,6 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,54 +19,7 @@ from torch import Tensor, nn
 from converter import schemes
 from converter.decompose import Factors
 from converter.errors import StiefelError
-
-
-class FactoredWeight:
-    """What `layer.weight` is on a factored layer: stands in for W without forming it.
-
-    `F.linear(x, weight, bias)` runs the two small products, so models that read `.weight` of a
-    linear layer (Swin's attention) keep working; rows may be sliced. Any other torch function
-    receives W itself, multiplied out and differentiable.
-    """
-
-    def __init__(self, U: Tensor, S: Tensor, V: Tensor, like: Factored | None = None):
-        self.U, self.S, self.V, self._like = U, S, V, like
-
-    def dense(self) -> Tensor:
-        """W itself, in the shape of the dense layer's weight."""
-        matrix = Factors(self.U, self.S, self.V).matrix()
-        return matrix if self._like is None else self._like.unflatten_matrix(matrix)
-
-    def __getitem__(self, rows: slice) -> FactoredWeight | Tensor:
-        if isinstance(rows, slice) and self._like is None:
-            return FactoredWeight(self.U[rows], self.S, self.V)
-        return self.dense()[rows]
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name in ("U", "S", "V", "_like"):
-            raise AttributeError(name)
-        if name in ("device", "dtype", "is_cuda", "requires_grad"):
-            return getattr(self.U, name)
-        return getattr(self.dense(), name)
-
-    def __fx_create_arg__(self, tracer: Any) -> Any:
-        # Lets functions that torch.fx wraps (Swin's attention) take the weight as an argument.
-        arguments = tuple(tracer.create_arg(a) for a in (self.U, self.S, self.V, self._like))
-        return tracer.create_node("call_function", FactoredWeight, arguments, {})
-
-    @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        weight = args[1] if len(args) > 1 else kwargs.get("weight")
-        if function is F.linear and isinstance(weight, FactoredWeight) and weight._like is None:
-            bias = args[2] if len(args) > 2 else kwargs.get("bias")
-            return _linear(args[0] if args else kwargs["input"], *weight._factors(), bias)
-        dense = [a.dense() if isinstance(a, FactoredWeight) else a for a in args]
-        kwargs = {k: a.dense() if isinstance(a, FactoredWeight) else a for k, a in kwargs.items()}
-        return function(*dense, **kwargs)
-
-    def _factors(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.U, self.S, self.V
+from converter.stand_in import FactoredWeight, factored_linear
 
 
 class Factored(nn.Module):
@@ -182,7 +134,7 @@ class FactoredLinear(Factored):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., n) → (..., m)."""
-        return _linear(x, self.U, self.S, self.V, self.bias)
+        return factored_linear(x, self.U, self.S, self.V, self.bias)
 
     @torch.no_grad()
     def dense(self) -> nn.Linear:
@@ -373,10 +325,6 @@ class FactoredConv2d(_FactoredConv):
 def factored_layers(model: nn.Module) -> dict[str, Factored]:
     """Every factored layer by its name, in registration order, a shared module once."""
     return {name: m for name, m in model.named_modules() if isinstance(m, Factored)}
-
-
-def _linear(x: Tensor, U: Tensor, S: Tensor, V: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(F.linear(x, V.mT) * S, U, bias)
 
 
 def _parameter(tensor: Tensor) -> nn.Parameter:
