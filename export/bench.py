@@ -343,7 +343,8 @@ def _input_shape(
     Raises:
         StiefelError: they take different inputs, or none says what it takes.
     """
-    known = {s.name: shape for s in subjects if (shape := _own_shape(s))}
+    chosen = example is not None or size is not None
+    known = {s.name: shape for s in subjects if (shape := _own_shape(s, chosen))}
     if example is not None:
         shape = tuple(example.shape[1:])
     elif known:
@@ -354,23 +355,32 @@ def _input_shape(
     if size is not None:
         shape = (*shape[:-2], size, size)
     if not all(shape):
-        raise StiefelError("the models take any image size; name one with image_size")
+        raise StiefelError("the models take any image size: name one (--image-size)")
     for name, other in known.items():
         fits = len(other) == len(shape) and all(
             a in (0, b) for a, b in zip(other, shape, strict=True)
         )
         if not fits:
-            raise StiefelError(f"{name} takes inputs {other}, not {shape}: compare like with like")
+            takes = "×".join(str(axis or "any") for axis in other)
+            raise StiefelError(
+                f"{name} takes inputs of {takes}, not {'×'.join(map(str, shape))}: compare models "
+                "of the same input, or name an image size that all take"
+            )
     return shape
 
 
-def _own_shape(subject: Subject) -> tuple[int, ...] | None:
-    """What the model says it takes, 0 for an axis of any size."""
+def _own_shape(subject: Subject, chosen: bool) -> tuple[int, ...] | None:
+    """What the model says it takes, 0 for an axis of any size.
+
+    A module's image size is but its usual one: it gives way where the user has `chosen` another.
+    """
     if subject.onnx is not None:
         axes = parity.session(subject.onnx).get_inputs()[0].shape[1:]
         return tuple(axis if isinstance(axis, int) else 0 for axis in axes)
-    spec = spec_of(subject.module)
-    return None if spec is None else (spec.input.shape[0], 0, 0)[: len(spec.input.shape)]
+    if (spec := spec_of(subject.module)) is None:
+        return None
+    shape = tuple(spec.input.shape)
+    return (shape[0], *(0 for _ in shape[1:])) if chosen else shape
 
 
 @contextmanager
