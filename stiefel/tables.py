@@ -143,6 +143,11 @@ def cuts_table(blocks: Sequence[Mapping[str, Any]]) -> Table:
 def doctor_table(found: Mapping[str, Any]) -> Table:
     """What this installation can do, with what to do about the rest."""
     rows = [(key.replace("_", " "), str(value)) for key, value in found["environment"].items()]
+    rows += [
+        (device["device"], ", ".join(f"{v}" for k, v in device.items() if k != "device"))
+        for device in found["devices"]
+        if device["device"] != "cpu"
+    ]
     rows += [(f"ONNX Runtime, {name}", said) for name, said in found["providers"].items()]
     rows += [("compiler", found["compiler"] or "none: torch.compile needs one on the CPU")]
     rows += [("to do", remedy) for remedy in found["remedies"]]
