@@ -1,0 +1,136 @@
+"""Fine-tuning a converted pretrained network: local distillation against backpropagation.
+
+Every row starts from the same converted network and sees the same images in the same order. Rates
+are chosen with `--select`, on 2,000 training images held back; the test images are never looked at
+for a choice.
+"""
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import click
+import torch
+from torch import nn
+from torch.utils.data import Subset
+
+from benchmarks.study import RESULTS, Study, markdown_table, mean_sd, real_data
+from converter.convert import convert, plan
+from converter.files import write_text
+from converter.models import load
+from converter.specs import spec_of
+from trainers.data import Data, images, load_data
+from trainers.evaluate import evaluate
+from trainers.rules import BP, SSA, RuleSettings
+from trainers.settings import TrainSettings
+from trainers.trainer import train_local
+
+CHECKPOINTS = {"resnet32": "resnet32-d509ac18.th", "resnet56": "resnet56-4bfd9763.th"}
+HELD_BACK = 2000
+# The rules compared: the learning rates tried, by --select; the first is the one chosen there.
+METHODS: dict[str, tuple[RuleSettings, tuple[float, ...]]] = {
+    "backpropagation": (BP(), (1e-3, 3e-4, 2e-3)),
+    "local, residual units": (SSA(), (3e-3, 1e-3, 5e-3)),
+    "local, 10 layers to a block": (SSA(layers_per_block=10), (1e-3, 3e-3)),
+}
+
+
+@click.command(help=__doc__)
+@click.option("--network", type=click.Choice([*CHECKPOINTS]), default="resnet56")
+@click.option("--images", "count", default=10_000, show_default=True, help="training images")
+@click.option("--fractions", default="0.25,0.5", show_default=True, help="of the parameters")
+@click.option("--epochs", default="1,2", show_default=True)
+@click.option("--seeds", default=3, show_default=True)
+@click.option("--select", is_flag=True, help="choose rates on held-back training images")
+@click.option("--data", help="folder with the checkpoints  [default: $STIEFEL_DATA]")
+@click.option("--cifar", required=True, help="folder with train/<class> and test/<class>")
+@click.option("--device", default="auto", show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), help="the JSON file of the rows")
+def main(network, count, fractions, epochs, seeds, select, data, cifar, device, out) -> None:
+    name = f"finetuning-{network}" + ("-selection" if select else "")
+    about = {
+        "study": name,
+        "images": count,
+        "batch_size": 128,
+        "optimizer": "adamw",
+        "calibration": 500,
+    }
+    study = Study(out or RESULTS / f"{name}.json", about)
+    dense = load(f"zoo:{network}", checkpoint=real_data(data) / CHECKPOINTS[network])
+    held = _data(dense, cifar, count, select)
+    study.measure({"method": "dense", "fraction": 1.0}, lambda: _accuracy(dense, held))
+    for fraction in map(float, fractions.split(",")):
+        small = _converted(dense, fraction, held)
+        asked = {"method": "converted", "fraction": fraction}
+        study.measure(asked, lambda small=small: _accuracy(small, held))
+        for seed in range(1 if select else seeds):
+            for length in map(int, epochs.split(",")):
+                for method, (rule, rates) in METHODS.items():
+                    for lr in rates if select else rates[:1]:
+                        asked = {
+                            "method": method,
+                            "fraction": fraction,
+                            "epochs": length,
+                            "lr": lr,
+                            "seed": seed,
+                        }
+                        settings = TrainSettings(
+                            epochs=length, lr=lr, batch_size=128, seed=seed, device=device
+                        )
+                        study.measure(
+                            asked,
+                            lambda s=settings, r=rule, m=small: _tuned(m, dense, held, r, s),
+                        )
+    table = _table(study)
+    print(table)
+    write_text(study.path.with_suffix(".md"), table)
+
+
+def _data(dense: nn.Module, folder: str, count: int, select: bool) -> Data:
+    """`count` training images; and the test images, or images held back from training."""
+    options = {"input": spec_of(dense).input, "limit_train": count + HELD_BACK, "seed": 1}
+    data = load_data(f"imagefolder:{folder}", **options)
+    plain = load_data(f"imagefolder:{folder}", augment=False, **options)
+    order = torch.randperm(count + HELD_BACK, generator=torch.Generator().manual_seed(0)).tolist()
+    test = Subset(plain.train, order[count:]) if select else data.test
+    return replace(data, train=Subset(data.train, order[:count]), test=test)
+
+
+def _converted(dense: nn.Module, fraction: float, data: Data) -> nn.Module:
+    calibration = images(data.train, 500, 0)
+    made = plan(dense, f"params={fraction}", scheme="spatial", calibration=calibration)
+    return convert(dense, made, calibration=calibration)
+
+
+def _accuracy(model: nn.Module, data: Data) -> dict[str, float]:
+    return {"accuracy": 100 * evaluate(model, data.test).accuracy}
+
+
+def _tuned(
+    small: nn.Module, dense: nn.Module, data: Data, rule: RuleSettings, settings: TrainSettings
+) -> dict[str, float]:
+    model, teacher = copy.deepcopy(small), None if isinstance(rule, BP) else copy.deepcopy(dense)
+    history = train_local(model, data, rule=rule, settings=settings, teacher=teacher)
+    return {"accuracy": 100 * history.records[-1]["test_accuracy"]}
+
+
+def _table(study: Study) -> str:
+    """One line a method, one column a fraction and number of epochs."""
+    tuned = [row for row in study.rows if "epochs" in row]
+    columns = sorted({(row["fraction"], row["epochs"]) for row in tuned})
+    head = ["accuracy, %", *(f"{f:.0%}, {e} epoch{'s' * (e > 1)}" for f, e in columns)]
+    lines = []
+    for method in ("dense", "converted"):
+        found = {row["fraction"]: row["accuracy"] for row in study.find(method=method)}
+        lines.append([method, *(f"{found.get(f, found.get(1.0, 0)):.2f}" for f, _ in columns)])
+    for method, lr in dict.fromkeys((row["method"], row["lr"]) for row in tuned):
+        cells = [
+            [r["accuracy"] for r in study.find(method=method, lr=lr, fraction=f, epochs=e)]
+            for f, e in columns
+        ]
+        lines.append([f"{method}, rate {lr:g}", *(mean_sd(cell) for cell in cells)])
+    return markdown_table(head, lines)
+
+
+if __name__ == "__main__":
+    main()

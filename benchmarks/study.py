@@ -1,0 +1,106 @@
+"""What every benchmark shares: rows kept as they are measured, so that a run can be resumed."""
+
+import json
+import os
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from converter.errors import StiefelError
+from converter.files import write_text
+from export.doctor import environment
+
+RESULTS = Path(__file__).parent / "results"
+Row = dict[str, Any]
+
+
+class Study:
+    """Rows of measurements in one JSON file, each found again by what was asked of it.
+
+    Args:
+        path: the JSON file; rows that it has already are not measured again.
+        about: what the study is, and everything that holds for all of its rows.
+    """
+
+    def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
+        self.path, self.about = path, dict(about)
+        self.rows: list[Row] = []
+        if path.exists():
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            if kept["about"] != self.about:
+                raise StiefelError(f"{path} holds another study; name another --out or move it")
+            self.rows = kept["rows"]
+
+    def find(self, **asked: Any) -> list[Row]:
+        """The rows that were measured for `asked`."""
+        return [row for row in self.rows if asked.items() <= row.items()]
+
+    def measure(self, asked: Mapping[str, Any], work: Callable[[], Mapping[str, Any]]) -> Row:
+        """The row for `asked`: kept from before, or measured now and kept."""
+        if known := self.find(**asked):
+            return known[0]
+        print(", ".join(f"{key} {value}" for key, value in asked.items()), end=": ", flush=True)
+        start = time.perf_counter()
+        found = work()
+        row = {**asked, **found, "seconds": round(time.perf_counter() - start, 1)}
+        print(", ".join(f"{k} {_short(v)}" for k, v in found.items() if _short(v)), flush=True)
+        self.rows.append(row)
+        self.save()
+        return row
+
+    def save(self) -> None:
+        """Write everything measured so far, with where it was measured last."""
+        kept = {
+            "about": self.about,
+            "environment": environment("cpu") | {"commit": commit()},
+            "rows": self.rows,
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(self.path, json.dumps(kept, indent=1) + "\n")
+
+
+def commit() -> str:
+    """The commit of the code that measures, marked where the tree has changes of its own."""
+    here = Path(__file__).parent
+    words = ["git", "-C", str(here), "describe", "--always", "--dirty", "--exclude=*"]
+    found = subprocess.run(words, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"
+
+
+def mean_sd(values: Sequence[float], digits: int = 2) -> str:
+    """Mean ± sample standard deviation of percentages or the like; how many where few."""
+    if not values:
+        return "–"
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    if len(values) == 1:
+        return f"{mean} (one)"
+    spread = f"{mean} ± {statistics.stdev(values):.{digits}f}"
+    return spread if len(values) > 2 else f"{spread} (two)"
+
+
+def markdown_table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; the first column to the left, the others to the right."""
+    rule = ["---", *("---:" for _ in head[1:])]
+    return "".join(f"| {' | '.join(line)} |\n" for line in (head, rule, *lines))
+
+
+def real_data(data: str | None) -> Path:
+    """The folder of real data: as given, or `STIEFEL_DATA`, or `shared/data` beside the repository.
+
+    Raises:
+        StiefelError: there is no such folder.
+    """
+    default = Path(__file__).resolve().parents[2] / "shared" / "data"
+    folder = Path(data or os.environ.get("STIEFEL_DATA", default))
+    if not folder.is_dir():
+        raise StiefelError(f"no folder {folder}: name the data's with --data or STIEFEL_DATA")
+    return folder
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value) if isinstance(value, int | str) else ""

@@ -1,0 +1,308 @@
+"""What a training step costs: memory of activations and time, local rules against backpropagation.
+
+Every contender takes whole training steps (forward, backward, AdamW, retraction) on the same random
+images, in turn, round by round. Memory is counted twice: the tensors that autograd holds for
+backward, which is exact and the same on every machine; and the allocator's peak above what is held
+between steps (weights, gradients, optimizer), with all that a step needs for a moment. Memory grows
+with the batch, so the ratios hold for any batch; the sweeps over depth and width show how.
+"""
+
+import copy
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import matplotlib
+import torch
+from torch import Tensor, nn
+
+from benchmarks.study import RESULTS, commit, markdown_table
+from converter.convert import convert, plan
+from converter.files import atomic_path, write_text
+from converter.models import load
+from converter.zoo import Convolutional
+from export.doctor import environment
+from trainers.device import autocast, resolve_device
+from trainers.distributed import World
+from trainers.memory import MIB, SavedActivations, allocator_peak
+from trainers.rules import BP, DFA, SSA, RuleSettings, make_rule
+from trainers.settings import TrainSettings
+from trainers.update import Update
+
+matplotlib.use("Agg")  # no screen needed
+
+from matplotlib import pyplot as plt
+
+RULES: dict[str, tuple[str, RuleSettings]] = {
+    "backprop, dense": ("dense", BP()),
+    "backprop": ("factored", BP()),
+    "dfa, stored": ("factored", DFA()),
+    "ssa global, recomputed": ("factored", SSA(error="global", storage="recomputed")),
+    "ssa": ("factored", SSA()),
+    "ssa, cut at layers": ("factored", SSA(boundaries="layers")),
+    "ssa, no similarity": ("factored", SSA(similarity=0.0)),
+}
+BASE = "backprop"
+# Network: what to load, images' shape, classes, images to a step on a CPU and on a GPU.
+NETWORKS = {
+    "vgg13": ("zoo:vgg13", (3, 32, 32), 10, 32, 512),
+    "resnet32": ("zoo:resnet32", (3, 32, 32), 10, 32, 512),
+    "smallconv": ("zoo:smallconv", (3, 32, 32), 10, 64, 1024),
+    "resnet50": ("torchvision:resnet50", (3, 224, 224), 1000, 4, 64),
+    "vit_b_16": ("torchvision:vit_b_16", (3, 224, 224), 1000, 2, 64),
+}
+DEPTHS = (20, 32, 44, 56, 110)
+WIDTHS = (16, 32, 64, 128)
+SWEPT = ("backprop, dense", "backprop", "dfa, stored", "ssa")
+
+
+@dataclass
+class Contender:
+    """One rule on its own copy of a network, ready to step."""
+
+    name: str
+    network: nn.Module
+    state: nn.Module
+    step: Callable[[], None]
+    seconds: list[float]
+
+
+@click.command(help=__doc__)
+@click.option("--networks", default="vgg13,resnet32,smallconv,resnet50,vit_b_16", show_default=True)
+@click.option("--rank", default="0.5", show_default=True, help="as for stiefel convert")
+@click.option(
+    "--batch", type=int, help="images to a step  [default: what suits network and device]"
+)
+@click.option("--rounds", default=7, show_default=True, help="timed steps of each contender")
+@click.option("--sweeps/--no-sweeps", default=True, show_default=True, help="depth and width too")
+@click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32")
+@click.option("--device", "name", default="auto", show_default=True)
+@click.option("--threads", default=1, show_default=True, help="of torch, on a CPU")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="the JSON file; .md and .png beside it"
+)
+def main(networks, rank, batch, rounds, sweeps, precision, name, threads, out) -> None:
+    torch.set_num_threads(threads)
+    device = resolve_device(name)
+    path = out or RESULTS / f"training-cost-{device.type}.json"
+    settings = TrainSettings(device=device.type, precision=precision)
+    started, found = time.perf_counter(), {"networks": {}, "depth": {}, "width": {}}
+
+    def measure(part: str, key: str, dense: nn.Module, x: Tensor, classes: int, rules) -> None:
+        print(f"{part} {key}, {len(x)} images to a step", flush=True)
+        x = x.to(device, memory_format=_layout(device))
+        rows = compare(dense.to(device), x, classes, rank, settings, rules, rounds)
+        found[part][key] = {"images": len(x), "shape": list(x.shape[1:]), "rows": rows}
+        for row in rows:
+            print("  " + _line(row, rows), flush=True)
+
+    for key in filter(None, networks.split(",")):
+        spec, shape, classes, few, many = NETWORKS[key]
+        count = batch or (many if device.type == "cuda" else few)
+        torch.manual_seed(0)
+        measure("networks", key, load(spec), torch.randn(count, *shape), classes, [*RULES])
+    count = batch or (512 if device.type == "cuda" else 16)
+    for depth in DEPTHS if sweeps else ():
+        torch.manual_seed(0)
+        x = torch.randn(count, 3, 32, 32)
+        measure("depth", str(depth), load(f"zoo:resnet{depth}"), x, 10, SWEPT)
+    for width in WIDTHS if sweeps else ():
+        torch.manual_seed(0)
+        x = torch.randn(count, 3, 32, 32)
+        measure("width", str(width), _plain_stack(width), x, 10, SWEPT)
+
+    about = {"rank": rank, "rounds": rounds, "precision": precision, "seed": 0}
+    facts = environment(device) | {"commit": commit(), "threads": torch.get_num_threads()}
+    seconds = round(time.perf_counter() - started)
+    result = {"about": about, "environment": facts, "seconds": seconds, **found}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(result, indent=1) + "\n")
+    write_text(path.with_suffix(".md"), "\n".join(_tables(result)))
+    if sweeps:
+        _draw(result, path.with_suffix(".png"))
+    print(f"Wrote {path} and its table after {seconds} s.")
+
+
+def compare(
+    dense: nn.Module,
+    x: Tensor,
+    classes: int,
+    rank: str,
+    settings: TrainSettings,
+    rules: list[str],
+    rounds: int,
+) -> list[dict[str, Any]]:
+    """Memory of each contender, then their steps timed in turn; one row each."""
+    factored = convert(dense.cpu(), plan(dense.cpu(), rank, example=x[:1].cpu()), device="cpu")
+    forms = {"dense": dense, "factored": factored}
+    labels = torch.arange(len(x), device=x.device) % classes
+    contenders = [
+        prepare(name, forms[RULES[name][0]], RULES[name][1], x, labels, classes, settings)
+        for name in rules
+    ]
+    rows = [weigh(contender, x.device) for contender in contenders]
+    for _ in range(rounds):
+        for contender in contenders:
+            contender.seconds.append(_timed(contender.step, x.device))
+    base = next(c.seconds for c in contenders if c.name == BASE)
+    for row, contender in zip(rows, contenders, strict=True):
+        ratios = [mine / theirs for mine, theirs in zip(contender.seconds, base, strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4) if rounds > 1 else ratios * 3
+        row |= {
+            "step_ms_p50": 1e3 * statistics.median(contender.seconds),
+            "time_ratio": middle,
+            "time_ratio_low": low,
+            "time_ratio_high": high,
+        }
+    return rows
+
+
+def prepare(
+    name: str,
+    model: nn.Module,
+    rule: RuleSettings,
+    x: Tensor,
+    labels: Tensor,
+    classes: int,
+    settings: TrainSettings,
+) -> Contender:
+    """A contender with a training step of its own."""
+    network = copy.deepcopy(model).to(x.device, memory_format=_layout(x.device)).train()
+    learner = make_rule(rule)
+    generator = torch.Generator().manual_seed(0)
+    state = learner.init(network, x, classes, generator).to(x.device)
+    update = Update(network, state, settings, x.device, World(), steps=10_000)
+    done = iter(range(10_000))
+
+    def step() -> None:
+        with autocast(x.device, settings.precision):
+            learner.step(network, state, x, labels, scale=update.scale())
+        update(next(done))
+
+    return Contender(name, network, state, step, [])
+
+
+def weigh(contender: Contender, device: torch.device) -> dict[str, Any]:
+    """Memory that one step holds for backward, and the allocator's peak; after a warm-up step."""
+    contender.step()
+    with SavedActivations(contender.network, contender.state) as saved:
+        contender.step()
+    peak = allocator_peak(contender.step, device)
+    return {
+        "rule": contender.name,
+        "activations_mib": saved.peak_bytes / MIB,
+        "allocated_peak_mib": peak / MIB,
+        "parameters": sum(p.numel() for p in contender.network.parameters()),
+        "readout_parameters": sum(p.numel() for p in contender.state.parameters()),
+    }
+
+
+def _plain_stack(width: int) -> nn.Module:
+    """Six convolutions in three stages, `width` channels in the first."""
+    stages = (width, width, "M", 2 * width, 2 * width, "M", 4 * width, 4 * width, "M")
+    return Convolutional(stages, (), 10, 3, 32)
+
+
+def _layout(device: torch.device) -> torch.memory_format:
+    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
+
+
+def _timed(step: Callable[[], None], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def _ratios(row: dict[str, Any], rows: list[dict[str, Any]]) -> tuple[float, float]:
+    """How many times more the factored network's backpropagation holds, saved and at the peak."""
+    base = next(r for r in rows if r["rule"] == BASE)
+    keys = ("activations_mib", "allocated_peak_mib")
+    return tuple(base[key] / row[key] for key in keys)
+
+
+def _line(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    saved, peak = _ratios(row, rows)
+    return (
+        f"{row['rule']:<24} activations {row['activations_mib']:8.1f} MiB (÷{saved:5.1f})  "
+        f"peak {row['allocated_peak_mib']:8.1f} MiB (÷{peak:4.1f})  "
+        f"step {row['step_ms_p50']:8.1f} ms (×{row['time_ratio']:.2f})"
+    )
+
+
+def _tables(result: dict[str, Any]) -> Iterator[str]:
+    facts = result["environment"]
+    where = f"{facts['processor']}, {facts['threads']} thread(s)"
+    where = facts.get("gpu", where) if facts["device"] != "cpu" else where
+    yield "# What a training step costs\n"
+    yield (
+        f"{where}, {result['about']['precision']}, torch {facts['torch']}, "
+        f"rank {result['about']['rank']}. "
+        "÷: how many times less than backpropagation on the same factored network. ×: time against "
+        "it, median of the rounds with quartiles.\n"
+    )
+    head = ["", "activations, MiB", "÷", "peak, MiB", "÷", "step, ms", "×", "read-outs"]
+    for part in ("networks", "depth", "width"):
+        for key, found in result[part].items():
+            title = {"networks": key, "depth": f"ResNet-{key}", "width": f"{key} channels wide"}
+            shape = "×".join(map(str, found["shape"]))
+            yield f"## {title[part]}, {found['images']} images {shape} to a step\n"
+            yield markdown_table(head, (_cells(row, found["rows"]) for row in found["rows"]))
+
+
+def _cells(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
+    saved, peak = _ratios(row, rows)
+    return [
+        row["rule"],
+        f"{row['activations_mib']:.1f}",
+        f"{saved:.1f}",
+        f"{row['allocated_peak_mib']:.1f}",
+        f"{peak:.1f}",
+        f"{row['step_ms_p50']:.0f}",
+        f"{row['time_ratio']:.2f} ({row['time_ratio_low']:.2f}–{row['time_ratio_high']:.2f})",
+        f"{row['readout_parameters'] / row['parameters']:.2f} of the network's"
+        if row["readout_parameters"]
+        else "–",
+    ]
+
+
+def _draw(result: dict[str, Any], path: Path) -> None:
+    """Memory and time against depth and width, one line a rule."""
+    figure, axes = plt.subplots(2, 2, figsize=(9, 6), layout="constrained")
+    colours = dict(zip(SWEPT, ("#c9d1d6", "#5b6770", "#d08c3c", "#0f7c8a"), strict=True))
+    for column, part in enumerate(("depth", "width")):
+        places = [int(key) for key in result[part]]
+        for rule in SWEPT:
+            mine = [
+                next(row for row in found["rows"] if row["rule"] == rule)
+                for found in result[part].values()
+            ]
+            for axis, key in zip(axes[:, column], ("activations_mib", "step_ms_p50"), strict=True):
+                values = [row[key] for row in mine]
+                axis.plot(places, values, "o-", color=colours[rule], label=rule, markersize=4)
+                axis.set_ylim(bottom=0)
+        axes[1, column].set_xlabel(
+            {"depth": "layers", "width": "channels of the first stage"}[part]
+        )
+    axes[0, 0].set_title("CIFAR ResNets", fontsize=10)
+    axes[0, 1].set_title("six plain convolutions", fontsize=10)
+    axes[0, 0].set_ylabel("activations held, MiB")
+    axes[1, 0].set_ylabel("step, ms")
+    axes[0, 0].legend(frameon=False)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=140, format="png")
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
