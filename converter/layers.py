@@ -106,10 +106,10 @@ class Layer:
 
     @property
     def schemes(self) -> tuple[schemes.Scheme | None, ...]:
-        """The schemes that this layer may be factored by: (None,) for linear layers."""
+        """The schemes that this layer may be factored by: (None,) for linear ones and refused."""
         if self.is_factored:
             return (getattr(self.module, "scheme", None),)
-        if isinstance(self.module, nn.Linear):
+        if self.refusal is not None or isinstance(self.module, nn.Linear):
             return (None,)
         # With one tap along the last axis both read the same matrix.
         return schemes.SCHEMES if self.weight_shape[-1] > 1 else ("channel",)
@@ -155,15 +155,17 @@ def prepared(model: nn.Module, *, share: bool = False) -> nn.Module:
     Raises:
         StiefelError: a lazy or meta parameter holds no values yet.
     """
-    tensors = [*model.parameters(), *model.buffers()]
+    memo: dict[int, object] = {id(t): t.detach() for t in _recomputed(model)}
+    if share:
+        memo |= {id(t): t for t in (*model.parameters(), *model.buffers())}
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter) or parameter.is_meta:
             raise StiefelError(
                 f"{name} holds no values yet: run or load the model before converting"
             )
-    ready = copy.deepcopy(model, {id(t): t for t in tensors} if share else None)
-    for _, module in list(ready.named_modules()):
-        if type(module).__name__.startswith("Parametrized") and parametrize.is_parametrized(module):
+    ready = copy.deepcopy(model, memo)
+    for module in list(ready.modules()):
+        if parametrize.is_parametrized(module):
             _fold_parametrizations(module)
     replace_modules(ready, _open_attention)
     return ready
@@ -189,17 +191,23 @@ def find_layers(model: nn.Module) -> list[Layer]:
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(module)
+    inside = {
+        id(attention.out_proj): _refusal(attention)
+        for attention in model.modules()
+        if isinstance(attention, nn.MultiheadAttention)
+    }
     layers = []
     for name, module in model.named_modules():
         if not isinstance(module, (*_PLAIN, *_UNSUPPORTED, Factored)):
             continue
-        refusal, tied_to = _refusal(module), None
+        refusal, tied_to = inside.get(id(module)) or _refusal(module), None
         key = _weight_key(module)
         if refusal is None and key in first_owner:
             tied_to = first_owner[key]
         elif refusal is None and (strangers := _strangers(module, owners[key])):
             refusal = f"its weight is shared with a {strangers[0]}, which cannot be factored alike"
-        first_owner.setdefault(key, name)
+        if refusal is None:
+            first_owner.setdefault(key, name)
         layers.append(Layer(name, _kind(module), module, refusal, _advice(module), tied_to))
     return layers
 
@@ -242,15 +250,33 @@ def _attention_refusal(module: nn.MultiheadAttention) -> str | None:
     return None
 
 
+def _recomputed(model: nn.Module) -> list[Tensor]:
+    """Plain attributes that hold results of autograd, which cannot be copied as they are.
+
+    The old hooks of weight norm, spectral norm and pruning keep the weight so.
+    """
+    return [
+        value
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    ]
+
+
+@torch.no_grad()
 def _fold_parametrizations(module: nn.Module) -> None:
-    # A deep copy shares its original's class, and folding takes the property off the class.
-    shared = type(module)
-    module.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))
-    for tensor in list(module.parametrizations):
-        try:
-            parametrize.remove_parametrizations(module, tensor, leave_parametrized=True)
-        except (RuntimeError, ValueError):
-            return  # `_refusal` says so
+    # torch's own removal writes into the original tensors and class, which a copy may share.
+    chains = module.parametrizations.eval()  # spectral norm iterates in training mode
+    values = {name: getattr(module, name).clone() for name in chains}
+    del module.parametrizations
+    module.__class__ = type(module).__bases__[0]
+    for name, value in values.items():
+        sources = list(chains[name].parameters())
+        if sources:
+            trained = any(p.requires_grad for p in sources)
+            module.register_parameter(name, nn.Parameter(value, requires_grad=trained))
+        else:
+            module.register_buffer(name, value)
 
 
 def _refusal(module: nn.Module) -> str | None:
@@ -260,8 +286,6 @@ def _refusal(module: nn.Module) -> str | None:
         return f"{type(module).__name__} layers are not factored"
     if isinstance(module, Factored):
         return None
-    if parametrize.is_parametrized(module):
-        return "its parametrization cannot be folded into a plain weight"
     if not isinstance(module._parameters.get("weight"), nn.Parameter):
         return "its weight is recomputed at every step (weight or spectral norm, pruning)"
     if not _computes_plainly(module):
