@@ -144,7 +144,7 @@ def doctor_table(found: Mapping[str, Any]) -> Table:
     """What this installation can do, with what to do about the rest."""
     rows = [(key.replace("_", " "), str(value)) for key, value in found["environment"].items()]
     rows += [
-        (device["device"], ", ".join(f"{v}" for k, v in device.items() if k != "device"))
+        (device["device"], ", ".join(f"{k} {v}" for k, v in device.items() if k != "device"))
         for device in found["devices"]
         if device["device"] != "cpu"
     ]
