@@ -50,6 +50,7 @@ def inspect(model: nn.Module, example: Tensor) -> Inspection:
     rows = []
     for layer in find_layers(prepared(model, share=True)):
         entry = planned.get(layer.name)
+        rank = layer.module.rank if layer.is_factored else None
         reason = layer.refusal or layer.advice
         if entry is not None:
             reason = entry.reason
@@ -59,11 +60,12 @@ def inspect(model: nn.Module, example: Tensor) -> Inspection:
                 kind=layer.kind,
                 shape=layer.weight_shape,
                 scheme=layer.schemes[0] if layer.is_factored else None,
-                rank=layer.module.rank if layer.is_factored else None,
+                rank=rank,
                 full_rank=_full_rank(layer),
                 parameters=layer.parameters,
                 macs=_macs(layer, calls.get(layer.name)),
-                error=entry.expected_error if entry and entry.rank else None,
+                # A rank that has fallen since makes another error.
+                error=entry.expected_error if entry and rank and entry.rank == rank else None,
                 reason=None if layer.is_factored else reason or "not converted",
             )
         )
