@@ -1,0 +1,49 @@
+import json
+
+import pytest
+
+from benchmarks.study import Study, markdown_table, mean_sd
+from converter.errors import StiefelError
+
+ABOUT = {"study": "s", "images": 3}
+
+
+def test_what_was_measured_is_not_measured_again_after_an_interruption(tmp_path):
+    path, calls = tmp_path / "s.json", []
+
+    def work(value):
+        calls.append(value)
+        if value == 2:
+            raise KeyboardInterrupt
+        return {"accuracy": 10.0 * value}
+
+    study = Study(path, ABOUT)
+    with pytest.raises(KeyboardInterrupt):
+        for seed in (0, 1, 2):
+            study.measure({"seed": seed}, lambda s=seed: work(s))
+    again = Study(path, ABOUT)
+    for seed in (0, 1, 3):
+        again.measure({"seed": seed}, lambda s=seed: work(s))
+    assert calls == [0, 1, 2, 3]
+    kept = json.loads(path.read_text())
+    assert [row["accuracy"] for row in kept["rows"]] == [0.0, 10.0, 30.0]
+    assert kept["environment"]["torch"]
+    assert again.find(seed=3)[0]["accuracy"] == 30.0
+
+
+def test_rows_of_another_study_are_not_mixed_in(tmp_path):
+    Study(tmp_path / "s.json", ABOUT).measure({"seed": 0}, lambda: {"accuracy": 1.0})
+    with pytest.raises(StiefelError, match="another study"):
+        Study(tmp_path / "s.json", {**ABOUT, "images": 4})
+
+
+def test_a_spread_is_told_with_how_many_runs_it_rests_on():
+    assert mean_sd([1.0, 2.0, 3.0]) == "2.00 ± 1.00"
+    assert mean_sd([1.0, 2.0]) == "1.50 ± 0.71 (two)"
+    assert mean_sd([1.0]) == "1.00 (one)"
+    assert mean_sd([]) == "–"
+
+
+def test_tables_are_markdown():
+    table = markdown_table(["a", "b"], [["x", "1"], ["y", "2"]])
+    assert table == "| a | b |\n| --- | ---: |\n| x | 1 |\n| y | 2 |\n"
