@@ -15,6 +15,8 @@ from converter.requests import Request
 from converter.spectra import Decomposer, Progress
 
 LATENCY_ROUNDS = 5
+LATENCY_TOLERANCE = 0.05  # of the time asked for: measurements are no closer than that
+ROUNDING = 1e-12  # relative energy that is below float32's own
 
 
 @dataclass(frozen=True)
@@ -81,27 +83,36 @@ def by_latency(
     """What becomes of every layer under a latency budget, and what both models took, in ms.
 
     Layers timed one by one add up to the model but roughly, so the planned model is timed whole,
-    and what the sum left out is counted in the next round.
+    in turns with the dense one, and what the sum left out is counted in the next round.
 
     Raises:
         StiefelError: no plan was fast enough; says how fast the fastest was.
     """
     options = menu.options(prices)
     rest = prices.whole - sum(prices.current(layer) for layer in menu.layers)
-    best: tuple[float, dict[str, Decision]] | None = None
+    tried: list[tuple[float, dict[str, Decision]]] = []
     for _ in range(LATENCY_ROUNDS):
-        chosen = ranks.meet_budget(options, policy, prices.whole, max(rest, 0.0), slack=1.0)
+        least = sum(min(option.cost for option in layer) for layer in options)
+        if out_of_reach := rest + least > policy.fraction * prices.whole:
+            # By the sum of layers; the model itself may be faster.
+            chosen = [min(layer, key=lambda option: option.cost) for layer in options]
+        else:
+            chosen = ranks.meet_budget(options, policy, prices.whole, rest, slack=1.0)
         decisions = menu.decisions(options, chosen)
-        took = prices.measured({k: (d.scheme, d.rank) for k, d in decisions.items() if d.rank})
-        reached = took / prices.whole
-        if best is None or abs(reached - policy.fraction) < abs(best[0] - policy.fraction):
-            best = reached, decisions
+        planned = {name: (d.scheme, d.rank) for name, d in decisions.items() if d.rank}
+        reached = prices.measured(planned)
+        tried.append((reached, decisions))
         if abs(reached - policy.fraction) <= ranks.TOLERANCE:
             break
-        rest = took - sum(option.cost for option in chosen)
-    reached, decisions = best
-    if reached > policy.fraction + ranks.TOLERANCE:
-        raise StiefelError(f"{policy} is out of reach: the nearest plan took latency={reached:.2f}")
+        if out_of_reach and reached > policy.fraction:
+            break
+        rest = reached * prices.whole - sum(option.cost for option in chosen)
+    reached, decisions = min(tried, key=lambda one: abs(one[0] - policy.fraction))
+    if reached > policy.fraction * (1 + LATENCY_TOLERANCE):
+        fastest = min(one[0] for one in tried)
+        raise StiefelError(
+            f"{policy} is out of reach: the fastest plan of {len(tried)} took latency={fastest:.2f}"
+        )
     dense_ms = prices.whole * 1e3
     return decisions, {"dense_latency_ms": dense_ms, "factored_latency_ms": reached * dense_ms}
 
@@ -117,6 +128,7 @@ def _options(layer: Layer, request: Request, prices: Prices, decompose: Decompos
     options = [Option(request.schemes[0], None, prices.current(layer), 0.0)]
     for scheme in request.schemes:
         loss = decompose(layer, scheme).errors().square()
+        loss[loss < ROUNDING] = 0.0  # else a budget would be spent on noise
         for rank in prices.ranks(layer, scheme):
             price = prices.factored(layer, scheme, rank)
             if price < options[0].cost and rank <= len(loss):

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from converter import schemes
 from converter.factors import Factored, FactoredLinear
+from converter.stand_in import FactoredWeight
 
 _WEIGHTED = (F.linear, F.conv1d, F.conv2d, torch.conv1d, torch.conv2d)
 
@@ -49,11 +50,12 @@ def layer_calls(model: nn.Module, example: Tensor, images: int = 1) -> dict[str,
     Functional uses (`F.linear(x, layer.weight)`) count; layers never used are absent. Shapes are
     those of the first `images` images of `example` (N, C, H, W).
     """
-    names = {}
+    names: dict[int, tuple[str, int | None]] = {}
     for name, module in model.named_modules():
-        weight = module.U if isinstance(module, FactoredLinear) else getattr(module, "weight", None)
-        if isinstance(weight, nn.Parameter):
-            names.setdefault(id(weight), name)
+        if isinstance(module, FactoredLinear):
+            names.setdefault(id(module.U), (name, module.in_features))
+        elif isinstance(weight := getattr(module, "weight", None), nn.Parameter):
+            names.setdefault(id(weight), (name, None))
     calls: dict[str, list[Call]] = {}
     hooks = [
         module.register_forward_hook(_record(calls, name))
@@ -128,18 +130,28 @@ def inference(model: nn.Module, *, fused: bool = False) -> Iterator[None]:
 class _Recorder(TorchFunctionMode):
     """Notes every linear or convolution whose weight, or a slice of it, belongs to a layer."""
 
-    def __init__(self, names: dict[int, str], calls: dict[str, list[Call]]):
+    def __init__(self, names: dict[int, tuple[str, int | None]], calls: dict[str, list[Call]]):
         super().__init__()
         self.names, self.calls = names, calls
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
-        if function in _WEIGHTED and len(args) > 1 and isinstance(args[1], Tensor):
-            weight = args[1] if id(args[1]) in self.names else args[1]._base
+        if function in _WEIGHTED:
+            x, weight = _argument(args, kwargs, 0, "input"), _argument(args, kwargs, 1, "weight")
+            # A stand-in runs its two products unseen from here.
+            weight = weight.U if isinstance(weight, FactoredWeight) else weight
+            if id(weight) not in self.names:
+                weight = weight._base
             if id(weight) in self.names:
-                call = Call(tuple(args[0].shape), tuple(output.shape))
-                self.calls.setdefault(self.names[id(weight)], []).append(call)
+                name, width = self.names[id(weight)]
+                # U is met by the second product, whose input is not the layer's.
+                input_shape = (*x.shape[:-1], width or x.shape[-1])
+                self.calls.setdefault(name, []).append(Call(input_shape, tuple(output.shape)))
         return output
+
+
+def _argument(args: tuple, kwargs: dict | None, place: int, name: str) -> Tensor:
+    return args[place] if len(args) > place else kwargs[name]
 
 
 def _record(calls: dict[str, list[Call]], name: str):

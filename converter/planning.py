@@ -75,6 +75,8 @@ def plan(
             decisions[layer.name] = _by_policy(layer, request, decompose)
     if isinstance(policy, Fixed):
         _check_fixed(policy, found)
+    if example is None and isinstance(policy, Budget) and policy.cost != "params":
+        raise StiefelError(f"{policy} needs an example batch to run the model with")
     parameters = cost.count_parameters(ready)
     macs = None if example is None else cost.count_macs(ready, example)
     calls = {} if example is None else cost.layer_calls(ready, example)
@@ -104,11 +106,9 @@ def plan(
 
 
 def _by_latency(
-    policy: Budget, menu: Menu, model: nn.Module, example: Tensor | None, device: torch.device
+    policy: Budget, menu: Menu, model: nn.Module, example: Tensor, device: torch.device
 ) -> tuple[dict[str, Decision], dict[str, float]]:
     """Decisions under a latency budget, as measured on `device`."""
-    if example is None:
-        raise StiefelError(f"{policy} needs an example batch to time the model with")
     home = next(model.parameters()).device
     model.to(device)
     try:
