@@ -1,0 +1,47 @@
+"""The first signal is a wish, the second a command; afterwards all is as before."""
+
+import os
+import signal
+import threading
+
+import pytest
+
+from trainers.interrupt import interruptible
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_only_asks(number):
+    before = signal.getsignal(number)
+    with interruptible() as stop:
+        assert not stop.requested
+        os.kill(os.getpid(), number)
+        assert stop.requested
+        assert signal.getsignal(number) == before
+    assert signal.getsignal(number) == before
+
+
+def test_the_second_signal_acts_as_always():
+    with interruptible() as stop, pytest.raises(KeyboardInterrupt):  # noqa: PT012
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_handlers_come_back_after_an_error():
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(ValueError, match="mine"), interruptible():
+        raise ValueError("mine")
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_other_threads_are_left_alone():
+    before, seen = signal.getsignal(signal.SIGINT), []
+
+    def work():
+        with interruptible() as stop:
+            seen.append((signal.getsignal(signal.SIGINT), stop.requested))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [(before, False)]
