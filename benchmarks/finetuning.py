@@ -7,6 +7,8 @@ for a choice.
 
 import copy
 from dataclasses import replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import click
@@ -31,7 +33,7 @@ HELD_BACK = 2000
 METHODS: dict[str, tuple[RuleSettings, tuple[float, ...]]] = {
     "backpropagation": (BP(), (1e-3, 3e-4, 2e-3)),
     "local, residual units": (SSA(), (3e-3, 1e-3, 5e-3)),
-    "local, 10 layers to a block": (SSA(layers_per_block=10), (1e-3, 3e-3)),
+    "local, 6 layers to a block": (SSA(layers_per_block=6), (3e-3, 1e-3)),
 }
 
 
@@ -58,29 +60,23 @@ def main(network, count, fractions, epochs, seeds, select, data, cifar, device, 
     study = Study(out or RESULTS / f"{name}.json", about)
     dense = load(f"zoo:{network}", checkpoint=real_data(data) / CHECKPOINTS[network])
     held = _data(dense, cifar, count, select)
-    study.measure({"method": "dense", "fraction": 1.0}, lambda: _accuracy(dense, held))
+    study.measure({"method": "dense", "fraction": 1.0}, partial(_accuracy, dense, held))
+    small = {}
     for fraction in map(float, fractions.split(",")):
-        small = _converted(dense, fraction, held)
-        asked = {"method": "converted", "fraction": fraction}
-        study.measure(asked, lambda small=small: _accuracy(small, held))
-        for seed in range(1 if select else seeds):
-            for length in map(int, epochs.split(",")):
-                for method, (rule, rates) in METHODS.items():
-                    for lr in rates if select else rates[:1]:
-                        asked = {
-                            "method": method,
-                            "fraction": fraction,
-                            "epochs": length,
-                            "lr": lr,
-                            "seed": seed,
-                        }
-                        settings = TrainSettings(
-                            epochs=length, lr=lr, batch_size=128, seed=seed, device=device
-                        )
-                        study.measure(
-                            asked,
-                            lambda s=settings, r=rule, m=small: _tuned(m, dense, held, r, s),
-                        )
+        small[fraction] = _converted(dense, fraction, held)
+        study.measure(
+            {"method": "converted", "fraction": fraction}, partial(_accuracy, small[fraction], held)
+        )
+    lengths = [int(length) for length in epochs.split(",")]
+    # Seeds come last, so that an unfinished run has a whole table of fewer seeds.
+    for seed, length, fraction, method in product(range(seeds), lengths, small, METHODS):
+        rule, rates = METHODS[method]
+        for lr in rates if select else rates[:1]:
+            settings = TrainSettings(epochs=length, lr=lr, batch_size=128, seed=seed, device=device)
+            study.measure(
+                {"method": method, "fraction": fraction, "epochs": length, "lr": lr, "seed": seed},
+                partial(_tuned, small[fraction], dense, held, rule, settings),
+            )
     table = _table(study)
     print(table)
     write_text(study.path.with_suffix(".md"), table)
