@@ -1,9 +1,14 @@
-"""Measured time: of a model, of each layer dense, and of each layer at every rank on offer."""
+"""Measured time: of a model, of each layer dense, and of each layer at every rank on offer.
+
+What is timed is what inference runs: batch norm that folds into the layer before it is left out,
+and a factored layer is two plain ones.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +16,14 @@ from torch import Tensor, nn
 from converter.cost import Call, inference
 from converter.decompose import Factors
 from converter.factors import Factored, FactoredLinear
+from converter.folding import without_folded_norms
 from converter.layers import Layer, find_layers, install, prepared
 
 MULTIPLE = {"cpu": 8, "cuda": 16}  # vector width and tensor-core tile; other ranks waste lanes
 STEP = 1.2  # the ranks on offer lie about so far apart
 LEAST_SECONDS = 0.02  # a measurement lasts so long at least
 LEAST_RUNS = 5
+MOST_SECONDS = 10.0  # enough of a slow model, if it ran thrice
 
 
 class LatencyPrices:
@@ -26,7 +33,7 @@ class LatencyPrices:
     shape that it meets in the model.
 
     Attributes:
-        whole: seconds of the whole model as it is.
+        whole: seconds of the whole model as it is, without what inference folds away.
     """
 
     def __init__(
@@ -35,9 +42,9 @@ class LatencyPrices:
         example: Tensor,
         calls: Mapping[str, Sequence[Call]],
     ):
-        self.model, self.example, self.calls = model, example, calls
-        self.device = example.device
-        self.whole = model_seconds(model, example)
+        self.model = without_folded_norms(prepared(model, share=True).eval())
+        self.example, self.calls, self.device = example, calls, example.device
+        (self.whole,) = model_seconds(example, self.model)
         self._known: dict[tuple, float] = {}
 
     def ranks(self, layer: Layer, scheme: str | None) -> list[int]:
@@ -59,14 +66,15 @@ class LatencyPrices:
         return self._seconds(layer, (scheme, rank), lambda: _plain(_hollow(layer, scheme, rank)))
 
     def measured(self, chosen: Mapping[str, tuple[str | None, int]]) -> float:
-        """Seconds of the whole model with some layers at a (scheme, rank)."""
-        model = prepared(self.model, share=True)
+        """Seconds of the whole model with some layers at a (scheme, rank), over those without."""
+        planned = prepared(self.model, share=True)
         new = {
             layer.name: _callable(_hollow(layer, *chosen[layer.name]))
-            for layer in find_layers(model)
+            for layer in find_layers(planned)
             if layer.name in chosen
         }
-        return model_seconds(install(model, new), self.example)
+        dense, factored = model_seconds(self.example, self.model, install(planned, new))
+        return factored / dense
 
     def _seconds(self, layer: Layer, what: tuple, make: Callable[[], nn.Module]) -> float:
         calls = self.calls.get(layer.name, ())
@@ -77,33 +85,40 @@ class LatencyPrices:
                 module = make() if module is None else module
                 dtype = next(module.parameters()).dtype
                 x = torch.full(call.input_shape, 0.1, dtype=dtype, device=self.device)
-                self._known[key] = seconds(lambda m=module, x=x: m(x), self.device)
+                (self._known[key],) = seconds([lambda m=module, x=x: m(x)], self.device)
             total += self._known[key]
         return total
 
 
-def model_seconds(model: nn.Module, example: Tensor) -> float:
-    """Seconds of one forward pass, the least of several."""
-    with inference(model, fused=True):
-        return seconds(lambda: model(example), example.device, least_seconds=10 * LEAST_SECONDS)
+def model_seconds(example: Tensor, *models: nn.Module) -> list[float]:
+    """Seconds of one forward pass of each, run in turns so that what drifts drifts for all."""
+    with ExitStack() as stack:
+        for model in models:
+            stack.enter_context(inference(model, fused=True))
+        runs = [lambda model=model: model(example) for model in models]
+        return seconds(runs, example.device, 10 * LEAST_SECONDS * len(models))
 
 
 def seconds(
-    run: Callable[[], object], device: torch.device, least_seconds: float = LEAST_SECONDS
-) -> float:
-    """Seconds of one call: the least of several, as everything else that happens only adds."""
+    runs: Sequence[Callable[[], object]],
+    device: torch.device,
+    least_seconds: float = LEAST_SECONDS,
+) -> list[float]:
+    """Seconds of one call of each: the least of several, as all else that happens only adds."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    best, spent, runs = float("inf"), 0.0, 0
+    best, spent, rounds = [float("inf")] * len(runs), 0.0, 0
     with torch.inference_mode():
-        run()
-        run()
-        while runs < LEAST_RUNS or spent < least_seconds:
-            wait()
-            start = time.perf_counter()
+        for run in (*runs, *runs):
             run()
-            wait()
-            took = time.perf_counter() - start
-            best, spent, runs = min(best, took), spent + took, runs + 1
+        while spent < least_seconds or rounds < (3 if spent > MOST_SECONDS else LEAST_RUNS):
+            for i, run in enumerate(runs):
+                wait()
+                start = time.perf_counter()
+                run()
+                wait()
+                took = time.perf_counter() - start
+                best[i], spent = min(best[i], took), spent + took
+            rounds += 1
     return best
 
 

@@ -11,15 +11,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
-from torch.nn.utils import fusion, parametrize
+from torch import Tensor, nn
+from torch.nn.utils import fusion
 
 from converter.attention import FactoredAttention
 from converter.factors import Factored, FactoredLinear, factored_layers
+from converter.folding import Calls, folds, trace
 from converter.layers import prepared
-
-Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
-BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 
 
 @dataclass(frozen=True)
@@ -85,8 +83,8 @@ def compaction(model: nn.Module) -> Compaction:
     or linear layer; in a model that can't be traced it stays.
     """
     model = prepared(model).eval()
-    calls = _trace(model)
-    follows = _batch_norms(model, calls)
+    calls = trace(model)
+    follows = folds(model, calls)
     new: dict[str, nn.Module] = {}
     ranks, merged, pairs = {}, [], {}
     factored = factored_layers(model)
@@ -121,7 +119,7 @@ def compaction(model: nn.Module) -> Compaction:
 
 def reads_size(model: nn.Module) -> bool:
     """Whether the forward pass looks at an image's height or width, as far as a trace tells."""
-    calls = _trace(model)
+    calls = trace(model)
     if calls is None:
         return True
     for node in calls.graph.nodes:
@@ -135,68 +133,6 @@ def reads_size(model: nn.Module) -> bool:
         if node.op == "call_function" and module.startswith(("torchvision", "timm", "converter")):
             return True
     return False
-
-
-@dataclass(frozen=True)
-class _Calls:
-    graph: fx.Graph
-    # Modules go by the first of their names.
-    called: dict[str, int]  # how often
-    read: frozenset[str]  # whose tensors the model reads instead of calling them
-
-
-class _Tracer(fx.Tracer):
-    """Descends into everything but torch's own layers and ours."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        ours = ("converter.factors", "converter.attention")
-        return type(m).__module__ in ours or super().is_leaf_module(m, module_qualified_name)
-
-
-def _trace(model: nn.Module) -> _Calls | None:
-    """The model's graph, or None where Python control flow or the like can't be traced."""
-    try:
-        graph = _Tracer().trace(model)
-    except Exception:
-        return None
-    names = {id(module): name for name, module in model.named_modules()}
-    called: dict[str, int] = {}
-    read: set[str] = set()
-    for node in graph.nodes:
-        if node.op == "call_module":
-            name = names[id(model.get_submodule(node.target))]
-            called[name] = called.get(name, 0) + 1
-        elif node.op == "get_attr":
-            read.add(names[id(model.get_submodule(node.target.rpartition(".")[0]))])
-    return _Calls(graph, called, frozenset(read))
-
-
-def _batch_norms(model: nn.Module, calls: _Calls | None) -> dict[str, str]:
-    """Layer name to the name of the batch norm that is the only user of its output."""
-    found: dict[str, str] = {}
-    for node in calls.graph.nodes if calls else ():
-        if node.op != "call_module" or not node.args or len(node.all_input_nodes) != 1:
-            continue
-        before = node.all_input_nodes[0]
-        if before.op != "call_module" or len(before.users) != 1:
-            continue
-        both = (before.target, node.target)
-        once = all(calls.called.get(name) == 1 and name not in calls.read for name in both)
-        layer, norm = model.get_submodule(before.target), model.get_submodule(node.target)
-        if once and _foldable(layer) and isinstance(norm, BatchNorm) and _plain(norm):
-            found[before.target] = node.target
-    return found
-
-
-def _foldable(layer: nn.Module) -> bool:
-    if parametrize.is_parametrized(layer):
-        return False
-    return isinstance(layer, Factored) or type(layer) in (*Convolution.__args__, nn.Linear)
-
-
-def _plain(norm: nn.Module) -> bool:
-    # A subclass may do more than normalise (timm's adds the activation).
-    return type(norm) in BatchNorm.__args__ and norm.running_mean is not None
 
 
 def _norm(model: nn.Module, follows: dict[str, str], name: str) -> nn.Module | None:
@@ -252,7 +188,7 @@ def _single(layer: nn.Module, norm: nn.Module | None) -> nn.Module:
     return layer.to(dtype)
 
 
-def _uncalled(model: nn.Module, calls: _Calls | None) -> tuple[str, ...]:
+def _uncalled(model: nn.Module, calls: Calls | None) -> tuple[str, ...]:
     """Outermost modules with parameters that the traced forward pass never touches."""
     if calls is None:
         return ()
