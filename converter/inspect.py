@@ -44,11 +44,12 @@ def inspect(model: nn.Module, example: Tensor) -> Inspection:
             (`model.stiefel_plan`), tells the errors and why layers stayed dense.
         example: a batch (N, C, H, W), to count multiply-accumulates by.
     """
-    calls = layer_calls(model, example)
+    ready = prepared(model, share=True)
+    calls = layer_calls(ready, example)
     plan: RankPlan | None = getattr(model, "stiefel_plan", None)
     planned = {entry.name: entry for entry in plan.layers} if plan else {}
     rows = []
-    for layer in find_layers(prepared(model, share=True)):
+    for layer in find_layers(ready):
         entry = planned.get(layer.name)
         rank = layer.module.rank if layer.is_factored else None
         reason = layer.refusal or layer.advice
@@ -70,7 +71,7 @@ def inspect(model: nn.Module, example: Tensor) -> Inspection:
             )
         )
     return Inspection(
-        layers=tuple(rows), parameters=count_parameters(model), macs=count_macs(model, example)
+        layers=tuple(rows), parameters=count_parameters(model), macs=count_macs(ready, example)
     )
 
 

@@ -17,6 +17,7 @@ from pydantic import Field, PrivateAttr, computed_field, model_validator
 
 from converter.decompose import Spectrum
 from converter.errors import StiefelError, did_you_mean
+from converter.knapsack import cheapest, fill, spend
 from converter.settings import Settings
 
 TOLERANCE = 0.01  # a budget is met within this fraction of the whole model's cost
@@ -326,7 +327,7 @@ def meet_budget(
         budget: the fraction of `whole` allowed; never exceeded.
         whole: cost of the whole model as it is.
         rest: what of it no option covers.
-        slack: how much of the budget may be left unspent.
+        slack: how much of it may be left unspent while there is something to gain.
 
     Raises:
         StiefelError: the budget is out of reach, or can't be met closely; says what can.
@@ -338,7 +339,7 @@ def meet_budget(
     def total(chosen: Sequence[int]) -> float:
         return base + sum(float(c[j]) for c, j in zip(costs, chosen, strict=True))
 
-    chosen = _choose(costs, losses, price=1e12)
+    chosen = cheapest(costs, losses, price=1e12)
     if total(chosen) > target + 1e-9:
         least = math.ceil(total(chosen) * 1e4) / 1e4
         raise StiefelError(
@@ -348,45 +349,22 @@ def meet_budget(
     low, high = -30.0, 30.0  # log of the price of cost
     for _ in range(60):
         middle = (low + high) / 2
-        trial = _choose(costs, losses, price=math.exp(middle))
+        trial = cheapest(costs, losses, price=math.exp(middle))
         if total(trial) <= target + 1e-9:
             high, chosen = middle, trial
         else:
             low = middle
-    chosen = _spend(costs, losses, chosen, target - total(chosen))
+    chosen = spend(costs, losses, chosen, target - total(chosen))
     loss = sum(float(x[j]) for x, j in zip(losses, chosen, strict=True))
+    if total(chosen) < target - slack and loss > 0:
+        # Coarse options: look for a combination that comes nearer.
+        chosen = fill(costs, losses, target - base) or chosen
     if total(chosen) < target - slack and loss > 0:
         raise StiefelError(
             f"{budget} cannot be met within {slack:.0%}: the nearest below is "
             f"{budget.cost}={math.ceil(total(chosen) * 1e4) / 1e4}"
         )
     return [layer[j] for layer, j in zip(options, chosen, strict=True)]
-
-
-def _choose(costs: Sequence[np.ndarray], losses: Sequence[np.ndarray], price: float) -> list[int]:
-    """Per layer the option of least loss + price · cost; of equals the cheaper."""
-    pairs = zip(costs, losses, strict=True)
-    return [int(np.lexsort((c, x + price * c))[0]) for c, x in pairs]
-
-
-def _spend(
-    costs: Sequence[np.ndarray], losses: Sequence[np.ndarray], chosen: list[int], left: float
-) -> list[int]:
-    """Spend what the last price left over: the best loss saved per cost that still fits, first."""
-    chosen = list(chosen)
-    while True:
-        best, move = 0.0, None
-        for i, (c, x) in enumerate(zip(costs, losses, strict=True)):
-            extra = c - c[chosen[i]]
-            gain = np.where((extra <= left) & (extra > 0), x[chosen[i]] - x, 0.0)
-            rate = gain / np.maximum(extra, 1e-12)
-            j = int(rate.argmax())
-            if rate[j] > best:
-                best, move = float(rate[j]), (i, j, float(extra[j]))
-        if move is None:
-            return chosen
-        chosen[move[0]] = move[1]
-        left -= move[2]
 
 
 def _is_integer(text: str) -> bool:

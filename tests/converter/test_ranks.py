@@ -199,6 +199,14 @@ def test_a_budget_between_two_coarse_options_says_the_nearest():
         meet_budget(options, Budget(params=0.9), whole=10.0, rest=0.0)
 
 
+def test_coarse_options_are_combined_until_they_fill_the_budget():
+    # By price alone the second layer is never at 3: 6 + 3 fills the budget of 9, 6 + 2 does not.
+    first = [Option(None, None, 10.0, 0.0), Option(None, 6, 6.0, 0.1), Option(None, 1, 1.0, 0.9)]
+    second = [Option(None, None, 10.0, 0.0), Option(None, 3, 3.0, 0.8), Option(None, 2, 2.0, 0.8)]
+    chosen = meet_budget([first, second], Budget(params=0.45), whole=20.0, rest=0.0)
+    assert [option.rank for option in chosen] == [6, 3]
+
+
 def test_the_last_glob_that_matches_wins():
     made = plan(
         MODEL,
