@@ -39,6 +39,14 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value, by rank."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
     @torch.no_grad()
     def broadcast_(self, *modules: nn.Module) -> None:
         """Give every process rank 0's parameters and buffers."""
@@ -55,11 +63,6 @@ class World:
                 if buffer.is_floating_point():
                     dist.all_reduce(buffer)
                     buffer /= self.size
-
-    def barrier(self) -> None:
-        """Wait for all."""
-        if self.size > 1:
-            dist.barrier()
 
 
 def is_main_process() -> bool:
@@ -152,12 +155,14 @@ class GradientAverage:
 def synchronised_batch_norm(network: nn.Module, world: World) -> Iterator[None]:
     """Meanwhile, batch norms in training mode use the statistics of all processes together.
 
-    The modules stay what they are; only their forward is replaced. Works on any backend.
+    The modules stay what they are; only their forward is replaced. Works on any backend. One
+    process alone has nothing to synchronise.
 
     Raises:
         StiefelError: a batch norm has a forward of its own that this could not stand in for.
     """
-    norms = {n: m for n, m in network.named_modules() if isinstance(m, _BatchNorm)}
+    shared = network.named_modules() if world.size > 1 else ()
+    norms = {n: m for n, m in shared if isinstance(m, _BatchNorm)}
     for name, norm in norms.items():
         if type(norm).forward is not _BatchNorm.forward:
             kind = type(norm).__name__

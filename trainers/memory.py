@@ -7,10 +7,13 @@ where there is a GPU, adds the allocator's own ways.
 import copy
 import weakref
 from collections import Counter
+from collections.abc import Callable
+from itertools import accumulate
 from types import TracebackType
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from trainers.rules import RuleSettings, make_rule
 
@@ -99,3 +102,22 @@ def activation_memory_mib(
     with SavedActivations(network, state) as saved:
         learner.step(network, state, batch, labels)
     return saved.peak_bytes / MIB
+
+
+def allocator_peak(work: Callable[[], object], device: torch.device) -> int:
+    """The most bytes that torch's allocator held during `work` beyond what it held before.
+
+    Unlike `SavedActivations` this has everything: outputs, temporaries, gradients that arise.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        work()
+    events = recorded.profiler.kineto_results.events()
+    changes = [event.nbytes() for event in events if event.name() == "[memory]"]
+    return max(accumulate(changes, initial=0))

@@ -68,9 +68,12 @@ class Meter:
         return Reading(loss / steps, correct / images, per_block, stops > 0)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain data and one tensor."""
+        """Plain data and one tensor: each process's even share; all must call it together."""
+        sums = self._sums
+        if sums is not None:
+            sums = self._world.sum_(sums.clone()) / self._world.size
         return {
-            "sums": self._sums,
+            "sums": sums,
             "blocks": self._blocks,
             "images": self._images,
             "steps": self._steps,

@@ -332,15 +332,16 @@ class _Training:
         culprit = checks.name_of_nonfinite(self.network, self.state)
         if culprit is not None:
             self._give_up(f"parameter {culprit}", float("nan"))
+        parts = {name: getattr(self, name).state_dict() for name in _PARTS}
+        random = self.world.gather(random_state(self.device))
         if self.folder is None or not self.world.is_main:
             return
         place = {name: getattr(self, name) for name in _PLACE}
-        parts = {name: getattr(self, name).state_dict() for name in _PARTS}
         rest = {
             "finished": self._finished(),
             "settings": self.settings.model_dump(mode="json"),
             "rule_settings": self.rule_settings.model_dump(mode="json"),
-            "random": random_state(self.device),
+            "random": random,
         }
         self.folder.write(self.network, {**place, **parts, **rest}, best=best)
 
@@ -362,7 +363,8 @@ class _Training:
             setattr(self, name, kept[name])
         self.update.load_state_dict(kept["update"])
         self.meter.load_state_dict(kept["meter"], self.device)
-        restore_random_state(kept["random"], self.device)
+        if self.world.rank < len(kept["random"]):
+            restore_random_state(kept["random"][self.world.rank], self.device)
 
     def _finished(self) -> bool:
         patience = self.settings.early_stop
