@@ -31,6 +31,7 @@ from converter.header import FORMAT, Header, LayerRecord, sort_metadata
 from converter.layers import Layer, closed, install, prepared
 from converter.models import load, rebuild
 from converter.specs import InputSpec, spec_of
+from converter.state_dicts import versioned
 from converter.weight_files import open_safetensors, read_safetensors, require_file
 
 _WEIGHTS = (".safetensors", ".json", ".pt", ".pth", ".th", ".bin", ".ckpt")
@@ -284,7 +285,7 @@ def _fill(path: str | Path, model: nn.Module, tensors: Mapping[str, Tensor]) -> 
     dtypes = {value.dtype for value in tensors.values() if value.is_floating_point()}
     if len(dtypes) == 1:  # buffers that aren't saved have to follow
         model.to(dtypes.pop())
-    model.load_state_dict(dict(tensors), assign=True)
+    model.load_state_dict(versioned(model, tensors), assign=True)
 
 
 def _tie(model: nn.Module, alias: str, kept: str) -> None:

@@ -6,6 +6,7 @@ prefixes, applies the user's renames, and says plainly what doesn't fit.
 
 import re
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,13 @@ def read_state(
     return state
 
 
+def versioned(model: nn.Module, state: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:
+    """A state that fits the model, marked as of the model's own version (MNASNet asks for it)."""
+    marked = OrderedDict(state)
+    marked._metadata = model.state_dict()._metadata
+    return marked
+
+
 def load_state(
     model: nn.Module,
     state: Mapping[str, Tensor],
@@ -101,7 +109,7 @@ def load_state(
         raise StiefelError(f"{source} doesn't fit the model: {complaint}")
     _note_values(own, state, note)
     try:
-        model.load_state_dict(state, strict=False)
+        model.load_state_dict(versioned(model, state), strict=False)
     except RuntimeError as error:
         text = " ".join(str(error).split())
         raise StiefelError(f"{source} doesn't fit the model: {text}") from error

@@ -1,0 +1,85 @@
+"""Every torchvision classifier family, at half its parameters: runs, learns, is saved and reread.
+
+The fastest of them run by default; `-m slow` runs them all.
+"""
+
+import pytest
+import torch
+
+from converter.checkpoints import load_factored, save_factored
+from converter.convert import convert, plan
+from converter.factors import Factored, factored_layers
+from converter.models import load
+
+# The smallest of each family, at an image side that it takes and a processor bears.
+LIGHT = {"squeezenet1_1": 64, "shufflenet_v2_x0_5": 64, "mobilenet_v3_small": 64, "mnasnet0_5": 64}
+HEAVY = {
+    "alexnet": 64,
+    "vgg11_bn": 32,
+    "resnet18": 64,
+    "resnet50": 64,
+    "resnext50_32x4d": 64,
+    "wide_resnet50_2": 64,
+    "densenet121": 64,
+    "mobilenet_v2": 64,
+    "mobilenet_v3_large": 64,
+    "efficientnet_b0": 64,
+    "efficientnet_v2_s": 64,
+    "regnet_x_400mf": 64,
+    "regnet_y_400mf": 64,
+    "convnext_tiny": 64,
+    "vit_b_32": 224,
+    "swin_t": 64,
+    "swin_v2_t": 64,
+    "maxvit_t": 224,
+    "googlenet": 64,
+    "inception_v3": 96,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "side"),
+    [*LIGHT.items(), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in HEAVY.items())],
+)
+def test_a_family_converts_learns_and_comes_back(name, side, tmp_path):
+    dense = load(f"torchvision:{name}", args={"num_classes": 10})
+    made = plan(dense, "params=0.5")
+    small = convert(dense, made)
+    whole, kept = (sum(p.numel() for p in model.parameters()) for model in (dense, small))
+    assert 0.49 * whole <= kept == made.factored_parameters <= 0.5 * whole
+    assert type(small) is type(dense)
+    assert not any(entry.rank is None and not entry.reason for entry in made.layers)
+
+    images = torch.randn(2, 3, side, side)
+    unreached = {
+        name.replace(".in_proj.", ".in_proj_") if "attention" in name else name
+        for name in _without_gradient(small, images)
+    }
+    assert unreached <= _without_gradient(dense, images)
+    assert all(layer.S.grad.any() for layer in factored_layers(small).values())
+    assert all(p.grad is None or p.grad.isfinite().all() for p in small.parameters())
+
+    save_factored(small, tmp_path / "small.safetensors")
+    again = load_factored(tmp_path / "small.safetensors")
+    assert type(again) is type(dense)
+    with torch.no_grad():
+        expected = small(images)
+        assert expected.shape == (2, 10)
+        assert torch.equal(again(images), expected)
+
+
+def _without_gradient(model: torch.nn.Module, images: torch.Tensor) -> set[str]:
+    """Names of parameters that a backward pass does not reach."""
+    model.zero_grad()
+    _stir(model)
+    model(images).square().sum().backward()
+    return {name for name, parameter in model.named_parameters() if parameter.grad is None}
+
+
+def _stir(model: torch.nn.Module) -> None:
+    """Leave no head or scale at zero, where gradients would stop."""
+    for module in model.modules():
+        for name in ("weight", "layer_scale"):
+            parameter = module._parameters.get(name)
+            if parameter is not None and not isinstance(module, Factored) and not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.1)
