@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from converter import ranks
 from converter.errors import StiefelError
@@ -38,6 +38,7 @@ class Menu:
         decided: those whose fate does not depend on the budget, by name.
         decompose: gives their spectra.
         progress: called with ("price", layers done, layers).
+        weights: what each layer's relative loss counts, by name; 1 where not given.
     """
 
     layers: Sequence[Layer]
@@ -45,6 +46,7 @@ class Menu:
     decided: Mapping[str, Decision]
     decompose: Decomposer
     progress: Progress | None = None
+    weights: Mapping[str, float] = field(default_factory=dict)
 
     def options(self, prices: Prices) -> list[list[Option]]:
         """What can be done with each layer; those decided already have one option only."""
@@ -56,7 +58,8 @@ class Menu:
                 options.append([_only_option(layer, self.decided[layer.name], prices)])
             else:
                 request = self.requests[layer.name]
-                options.append(_options(layer, request, prices, self.decompose))
+                weight = self.weights.get(layer.name, 1.0)
+                options.append(_options(layer, request, prices, self.decompose, weight))
         return options
 
     def decisions(
@@ -123,11 +126,13 @@ def _only_option(layer: Layer, decision: Decision, prices: Prices) -> Option:
     return Option(scheme, rank, price, 0.0)
 
 
-def _options(layer: Layer, request: Request, prices: Prices, decompose: Decomposer) -> list[Option]:
+def _options(
+    layer: Layer, request: Request, prices: Prices, decompose: Decomposer, weight: float
+) -> list[Option]:
     """Keeping the layer first, then every rank of every scheme that costs less."""
     options = [Option(request.schemes[0], None, prices.current(layer), 0.0)]
     for scheme in request.schemes:
-        loss = decompose(layer, scheme).errors().square()
+        loss = weight * decompose(layer, scheme).errors().square()
         loss[loss < ROUNDING] = 0.0  # else a budget would be spent on noise
         for rank in prices.ranks(layer, scheme):
             price = prices.factored(layer, scheme, rank)

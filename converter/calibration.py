@@ -1,11 +1,14 @@
 """Calibration: a few hundred unlabelled images that tell which directions of a weight matter.
 
-Three steps, each of which can be switched off. *Whitened* truncation cuts in the norm of the
-layer's own inputs, ‖(W − W_r) C^{1/2}‖ with C = E[x xᵀ]. *Sequential* reconstruction goes through
+Four steps, each of which can be switched off. *Whitened* truncation cuts in the norm of the
+layer's own inputs, ‖(W − W_r) C^{1/2}‖ with C = E[x xᵀ]. *Sequential* reconstruction
+(`converter.reconstruction`) goes through
 the network in order and regresses the dense layer's outputs on the inputs that the layers factored
 before it produce (after Zhang et al., arXiv 1505.06798; linear here, with a ridge towards W), then
-truncates. *Batch-norm matching* gives each batch norm's output the mean and variance that the dense
-network's has on the same images.
+truncates; the last layer of a residual branch also makes up for what its shortcut has lost.
+*Batch-norm matching* gives each batch norm's output the mean and variance that the dense network's
+has on the same images. *Refinement* (`converter.refinement`) then descends on the difference
+between the features of both networks.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -15,13 +18,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from converter import sampling, schemes
+from converter import sampling
 from converter.cost import inference
-from converter.decompose import decompose
 from converter.errors import StiefelError
-from converter.factors import Factored
 from converter.layers import Layer
-from converter.ranks import LayerPlan, RankPlan
 from converter.settings import Settings
 
 Progress = Callable[[str, int, int], None]
@@ -29,7 +29,8 @@ Moments = Mapping[tuple[str, str | None], Tensor]
 
 # Above this width a second moment would take gigabytes: such layers are cut by their weight alone.
 WIDEST = 8192
-_BATCH = 64
+_HALF = {torch.float16, torch.bfloat16}
+BATCH = 64  # images that run at once
 
 
 class Calibration(Settings):
@@ -45,6 +46,28 @@ class Calibration(Settings):
     positions: int = Field(64, ge=1, description="sampled positions of each image and layer")
     ridge: float = Field(
         1e-3, gt=0, description="pull of the regression towards the dense weight, relative"
+    )
+    sensitivity: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="power by which budgets spare layers that the output is sensitive to; 0: none",
+    )
+    residual: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="how much of its shortcut's error the last layer of a residual branch corrects",
+    )
+    refine_steps: int = Field(
+        200, ge=0, description="steps of feature distillation on the same images; 0 for none"
+    )
+    refine_lr: float = Field(
+        0.03, gt=0, description="their peak rate, relative to each tensor's root mean square"
+    )
+    refine_batch: int = Field(32, ge=1, description="images of each refinement step")
+    refine_flip: bool = Field(
+        True, description="refine on mirrored images too: each is mirrored half of the time"
     )
 
 
@@ -70,7 +93,7 @@ def second_moments(
         device: where to run; the model must lie there.
         progress: called with ("calibrate", images done, images).
     """
-    _check(images)
+    check_images(images)
     sums: dict[tuple[str, str | None], Tensor] = {}
     counts: dict[tuple[str, str | None], int] = {}
 
@@ -97,125 +120,16 @@ def second_moments(
     ]
     try:
         with inference(model):
-            for start in range(0, len(images), _BATCH):
+            for start in range(0, len(images), BATCH):
                 if progress:
                     progress("calibrate", start, len(images))
-                batch = images[start : start + _BATCH].to(device)
+                batch = fit_to(images[start : start + BATCH], model, device)
                 now.size = len(batch)
                 model(batch)
     finally:
         for handle in handles:
             handle.remove()
     return {key: (total / counts[key]).cpu() for key, total in sums.items()}
-
-
-@torch.no_grad()
-def reconstruct(
-    dense: nn.Module,
-    small: nn.Module,
-    plan: RankPlan,
-    images: Tensor,
-    settings: Calibration,
-    progress: Progress | None = None,
-) -> None:
-    """Fit the factored layers and batch norms of `small` to what `dense` does on the images.
-
-    In one pass through each network: as the images reach a factored layer of `small`, all before it
-    is final, so the layer is solved for there and then, and the pass goes on with the result. That
-    holds the activations of all images at one layer, besides P sampled output rows for each layer.
-
-    Args:
-        dense: the prepared dense model.
-        small: its factored copy, changed in place; both lie on the images' device.
-        plan: what was factored, and how.
-        images: (N, C, H, W) float32, normalised.
-        settings: which steps run.
-        progress: called with (layer, layers done, layers).
-    """
-    _check(images)
-    entries = {entry.name: entry for entry in plan.factored} if settings.sequential else {}
-    tied = {entry.tied_to for entry in plan.layers}
-    entries = {
-        name: entry
-        for name, entry in entries.items()
-        if entry.tied_to is None
-        and name not in tied
-        and sampling.can_sample(dense.get_submodule(name))
-        and not isinstance(dense.get_submodule(name), Factored)
-        and dense.get_submodule(name).weight[0].numel() <= WIDEST
-    }
-    norms = _batch_norms(dense) if settings.match_batch_norm else []
-    seen = _watch(dense, list(entries), norms, images, settings)
-    done = 0
-
-    def solve(name: str) -> Callable:
-        def hook(module: Factored, inputs: tuple[Tensor, ...]) -> None:
-            nonlocal done
-            if progress:
-                progress(name, done, len(entries))
-            done += 1
-            target = seen.rows.get(name)
-            if target is None or target.calls > 1:
-                return
-            at = sampling.positions(name, len(images), target.places, settings.positions)
-            rows = sampling.input_rows(module, inputs[0], target.size, at)
-            layer = dense.get_submodule(name)
-            refit(module, layer, entries[name], rows, target.rows(), settings.ridge)
-
-        return hook
-
-    def match(name: str) -> Callable:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if name in seen.moments:
-                match_batch_norm(module, dense.get_submodule(name), inputs[0], *seen.moments[name])
-
-        return hook
-
-    handles = [
-        small.get_submodule(name).register_forward_pre_hook(make(name))
-        for make, names in ((solve, entries), (match, norms))
-        for name in names
-    ]
-    try:
-        with inference(small):
-            small(images)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def refit(
-    module: Factored, layer: nn.Module, entry: LayerPlan, x: Tensor, y: Tensor, ridge: float
-) -> None:
-    """Set the factors to the truncated ridge regression of y (R, N) on x (R, C·K); in place.
-
-    K* = argmin ‖y − K x‖² + ρ ‖K − W‖², then the best approximation of K* of the entry's rank in
-    the norm of x. A layer with a bias is fitted about the means, and its bias takes them up.
-    """
-    x, y = x.double(), y.double()
-    weight = layer.weight.double().flatten(1)
-    centred = layer.bias is not None
-    x_mean, y_mean = x.mean(0), y.mean(0)
-    if centred:
-        x, y = x - x_mean, y - y_mean
-    moment = x.mT @ x / len(x)
-    cross = y.mT @ x / len(x)
-    rho = ridge * moment.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
-    system = moment + rho * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
-    solution = torch.linalg.solve(system, (cross + rho * weight).mT).mT
-    matrix = solution
-    if entry.scheme is not None:
-        matrix = schemes.to_matrix(solution.reshape(layer.weight.shape), entry.scheme)
-    # A direction that no image reached still needs some weight to be told from another.
-    seen = sampling.column_moment(system, entry.scheme, sampling.last_tap(layer))
-    factors = decompose(matrix, entry.rank, seen)
-    for parameter, value in zip((module.U, module.S, module.V), factors, strict=True):
-        parameter.copy_(value)
-    if centred:
-        cut = factors.matrix()
-        if entry.scheme is not None:
-            cut = schemes.from_matrix(cut, entry.scheme, layer.weight.shape).flatten(1)
-        module.bias.copy_(y_mean - cut @ x_mean)
 
 
 def match_batch_norm(
@@ -227,11 +141,11 @@ def match_batch_norm(
         module: the factored network's batch norm; its running statistics become those of x.
         dense: the dense network's.
         x: (N, C, ...) the input of `module`.
-        mean: (C,) of the dense one's input on the same images.
+        mean: (C,) that the dense one's input should have on the same images.
         variance: (C,) likewise, biased.
     """
     own_mean, own_variance = channel_moments(channel_sums(x))
-    gain = dense.weight.double() / (dense.running_var.double() + dense.eps).sqrt()
+    gain = batch_norm_gain(dense)
     # A channel that is dead in the factored network can't be brought back by scaling.
     spread = ((variance + module.eps) / (own_variance + module.eps)).sqrt()
     module.bias.copy_(dense.bias.double() + (mean - dense.running_mean.double()) * gain)
@@ -240,12 +154,21 @@ def match_batch_norm(
     module.weight.copy_(gain * spread * (own_variance + module.eps).sqrt())
 
 
+def batch_norm_gain(module: nn.Module) -> Tensor:
+    """What a batch norm with running statistics multiplies each channel by: (C,) float64."""
+    scale = 1.0 if module.weight is None else module.weight.double()
+    return scale / (module.running_var.double() + module.eps).sqrt()
+
+
 def channel_sums(x: Tensor) -> Tensor:
     """Count, sum and sum of squares of each channel of x (N, C, ...): (3, C) float64."""
-    flat = x.transpose(0, 1).flatten(1).double()
-    return torch.stack(
-        [torch.full_like(flat[:, 0], flat.shape[1]), flat.sum(1), flat.square().sum(1)]
-    )
+    total = torch.zeros(3, x.shape[1], dtype=torch.float64, device=x.device)
+    for some in x.split(BATCH):
+        flat = some.transpose(0, 1).flatten(1).double()
+        total[0] += flat.shape[1]
+        total[1] += flat.sum(1)
+        total[2] += flat.square().sum(1)
+    return total
 
 
 def channel_moments(sums: Tensor) -> tuple[Tensor, Tensor]:
@@ -260,78 +183,35 @@ class _Batch:
     size: int = 0
 
 
-@dataclass
-class _Target:
-    """What a dense layer gave: sampled rows, and the shape of its output."""
-
-    parts: list[Tensor]
-    places: int
-    size: tuple[int, ...]
-    calls: int = 0
-
-    def rows(self) -> Tensor:
-        return torch.cat(self.parts)
+def widen(model: nn.Module) -> dict[str, torch.dtype]:
+    """Take half precision parameters and buffers to float32, in place; says what each was."""
+    was = {name: t.dtype for name, t in _tensors(model).items()}
+    if _HALF & set(was.values()):
+        model.float()
+    return was
 
 
-@dataclass
-class _Seen:
-    rows: dict[str, _Target]
-    moments: dict[str, tuple[Tensor, Tensor]]
+def narrow(model: nn.Module, was: Mapping[str, torch.dtype]) -> None:
+    """Give each tensor of a model, factored or not, the precision that it or its weight had."""
+    for name, tensor in _tensors(model).items():
+        owner = name.rpartition(".")[0]
+        dtype = was.get(name) or was.get(f"{owner}.weight" if owner else "weight", tensor.dtype)
+        tensor.data = tensor.data.to(dtype)
 
 
-def _watch(
-    dense: nn.Module, layers: list[str], norms: list[str], images: Tensor, settings: Calibration
-) -> _Seen:
-    """Run the dense model; keep sampled outputs of layers, and input moments of batch norms."""
-    rows: dict[str, _Target] = {}
-    sums: dict[str, Tensor] = {}
-    start = 0
-
-    def output(name: str) -> Callable:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
-            found = sampling.places(module, y, len(batch))
-            at = sampling.positions(name, len(images), found, settings.positions)
-            size = () if sampling.is_linear(module) else tuple(y.shape[2:])
-            target = rows.setdefault(name, _Target([], found, size))
-            target.parts.append(sampling.output_rows(module, y, at[start : start + len(batch)]))
-            target.calls += start == 0
-
-        return hook
-
-    def norm(name: str) -> Callable:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
-            sums[name] = sums.get(name, 0) + channel_sums(inputs[0])
-
-        return hook
-
-    handles = [
-        dense.get_submodule(name).register_forward_hook(make(name))
-        for make, names in ((output, layers), (norm, norms))
-        for name in names
-    ]
-    try:
-        with inference(dense):
-            for start in range(0, len(images), _BATCH):
-                batch = images[start : start + _BATCH]
-                dense(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return _Seen(rows, {name: channel_moments(found) for name, found in sums.items()})
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {name: tensor for name, tensor in named if tensor.is_floating_point()}
 
 
-def _batch_norms(model: nn.Module) -> list[str]:
-    """The batch norms that have running statistics to match and a scale to match them by."""
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm)
-        and module.running_var is not None
-        and module.affine
-    ]
+def fit_to(images: Tensor, model: nn.Module, device: torch.device) -> Tensor:
+    """The images on a device, in the precision that the model computes in."""
+    dtypes = {tensor.dtype for tensor in _tensors(model).values()}
+    return images.to(device, torch.float64 if dtypes == {torch.float64} else torch.float32)
 
 
-def _check(images: Tensor) -> None:
+def check_images(images: Tensor) -> None:
+    """Refuse what can't calibrate."""
     if images.ndim < 2 or len(images) == 0:
         raise StiefelError(f"calibration needs a batch of images, not {tuple(images.shape)}")
     if not images.isfinite().all():

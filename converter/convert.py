@@ -8,11 +8,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from converter.calibration import Calibration, reconstruct
+from converter.calibration import Calibration, fit_to, narrow, widen
 from converter.errors import StiefelError, did_you_mean
 from converter.layers import Layer, closed, find_layers, install, prepared
 from converter.planning import plan
 from converter.ranks import RankPlan, check_rank
+from converter.reconstruction import reconstruct
+from converter.refinement import refine
 from converter.spectra import Progress, calibrated, layer_factors
 
 __all__ = ["convert", "plan"]
@@ -45,6 +47,7 @@ def convert(
         StiefelError: the plan is for another model, or asks for what can't be.
     """
     ready = prepared(model)
+    was = widen(ready) if calibration is not None else {}
     found = {layer.name: layer for layer in find_layers(ready)}
     check_plan(plan, found)
     settings, device = settings or Calibration(), torch.device(device)
@@ -67,6 +70,7 @@ def convert(
     else:
         small = install(copy.deepcopy(ready), new)
         _reconstruct(ready, small, plan, calibration, settings, device, progress)
+        narrow(small, was)
     small = closed(small)
     small.stiefel_plan = plan.without_spectra()
     if progress:
@@ -83,11 +87,14 @@ def _reconstruct(
     device: torch.device,
     progress: Progress | None,
 ) -> None:
-    """`calibration.reconstruct` on a device; the factored model comes back to where it was."""
+    """Reconstruct and refine on a device; the factored model comes back to where it was."""
     home = next(small.parameters()).device
     dense.to(device)
     small.to(device)
-    reconstruct(dense, small, plan, images.to(device), settings, progress)
+    images = fit_to(images, dense, device)
+    reconstruct(dense, small, plan, images, settings, progress)
+    if settings.refine_steps:
+        refine(dense, small, images, settings, progress)
     small.to(home)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from converter import cost, ranks
 from converter.budgets import Decision, Menu, by_budget, by_latency
-from converter.calibration import Calibration
+from converter.calibration import Calibration, fit_to, widen
 from converter.decompose import Spectrum
 from converter.errors import StiefelError
 from converter.latency import LatencyPrices
@@ -17,6 +17,7 @@ from converter.layers import Layer, find_layers, parameters_per_rank, prepared
 from converter.prices import MacPrices, ParameterPrices
 from converter.ranks import Budget, Energy, Fixed, LayerPlan, Policy, RankPlan, parse_rank
 from converter.requests import Override, Request, read_requests
+from converter.sensitivity import sensitivities
 from converter.spectra import Decomposer, Progress, calibrated
 
 
@@ -53,12 +54,14 @@ def plan(
         StiefelError: a policy, scheme, glob or rank that can't be, or a budget out of reach.
     """
     policy = parse_rank(rank)
-    ready = prepared(model, share=True)
+    ready = prepared(model, share=calibration is None)
+    if calibration is not None:
+        widen(ready)
     found = find_layers(ready)
     requests = read_requests(found, policy, scheme, layers or {})
     owners = [layer for layer in found if layer.tied_to is None]
     if example is None and calibration is not None:
-        example = calibration[:1]
+        example = fit_to(calibration[:1], ready, next(ready.parameters()).device)
     moments = calibrated(ready, calibration, owners, settings, torch.device(device), progress)
     decompose = Decomposer(torch.device(device), moments)
     decisions: dict[str, Decision] = {}
@@ -82,7 +85,12 @@ def plan(
     calls = {} if example is None else cost.layer_calls(ready, example)
     latency: dict[str, float] = {}
     if isinstance(policy, Budget):
-        menu = Menu(owners, requests, decisions, decompose, progress)
+        weights = {}
+        if calibration is not None:
+            free = [layer for layer in owners if layer.name not in decisions]
+            chosen = settings or Calibration()
+            weights = sensitivities(ready, calibration, free, chosen, torch.device(device))
+        menu = Menu(owners, requests, decisions, decompose, progress, weights)
         if policy.cost == "latency":
             decisions, latency = _by_latency(policy, menu, ready, example, torch.device(device))
         else:

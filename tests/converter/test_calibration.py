@@ -1,0 +1,385 @@
+"""Calibration: optima against float64 references, and what it must never do."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from converter import calibration as calibrating
+from converter import sampling
+from converter.calibration import Calibration, channel_moments, channel_sums, second_moments
+from converter.convert import convert, plan
+from converter.decompose import square_root
+from converter.errors import StiefelError
+from converter.factors import Factored, factored_layers
+from converter.flow import trace
+from converter.layers import find_layers, prepared
+from converter.reconstruction import reconstruct
+from converter.refinement import find_units, refine
+from converter.sensitivity import sensitivities
+from converter.zoo import ZOO
+
+OFF = Calibration(
+    whitened=False, sequential=False, match_batch_norm=False, sensitivity=0, refine_steps=0
+)
+ALL = 10_000  # more positions than there are
+QUICK = Calibration(refine_steps=3, refine_batch=8)
+CPU = torch.device("cpu")
+
+
+class Block(nn.Module):
+    """A residual block of two convolutions, with or without batch norm."""
+
+    def __init__(self, width: int = 6, norm: bool = True):
+        super().__init__()
+        self.a = nn.Conv2d(width, width, 3, padding=1, bias=not norm)
+        self.b = nn.Conv2d(width, width, 3, padding=1, bias=not norm)
+        self.m = nn.BatchNorm2d(width) if norm else nn.Identity()
+        self.n = nn.BatchNorm2d(width) if norm else nn.Identity()
+
+    def forward(self, x):
+        h = self.n(self.b(self.m(self.a(x)).relu()))
+        return (x + h).relu()
+
+
+class Moody(nn.Module):
+    """Can't be traced: what it does depends on its input's values."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(12, 16), nn.Linear(16, 5)
+
+    def forward(self, x):
+        h = self.a(x.flatten(1))
+        return self.b(h.relu() if h.sum() > -1e9 else h)
+
+
+def residual_net(norm: bool = True) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1),
+        Block(6, norm),
+        Block(6, norm),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(24, 5),
+    )
+
+
+def attention_net() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 2, 2), nn.Flatten(2), Turned(), layer, nn.Flatten(), nn.Linear(72, 5)
+    )
+
+
+class Turned(nn.Module):
+    def forward(self, x):
+        return x.mT
+
+
+NETS = {
+    "residual": residual_net,
+    "no batch norm": lambda: residual_net(norm=False),
+    "linear only": lambda: nn.Sequential(
+        nn.Flatten(), nn.Linear(108, 20), nn.ReLU(), nn.Linear(20, 5)
+    ),
+    "grouped": lambda: nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=2), nn.Flatten(), nn.Linear(32, 5)
+    ),
+    "attention": attention_net,
+    "untraceable": lambda: nn.Sequential(nn.AvgPool2d(3), Moody()),
+}
+
+
+def settled(net: nn.Module) -> nn.Module:
+    """With batch norms that have seen data and have scales of their own."""
+    net.train()
+    for _ in range(3):
+        net(torch.randn(32, 3, 6, 6))
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.5, 0.5)
+    return net.eval()
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randn(70, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+
+
+def shrunk(net: nn.Module, images: torch.Tensor, settings: Calibration, **k) -> nn.Module:
+    made = plan(net, 0.3, calibration=images, settings=settings, **k)
+    return convert(net, made, calibration=images, settings=settings)
+
+
+def outputs_of(model: nn.Module, name: str, images: torch.Tensor) -> torch.Tensor:
+    kept = []
+    handle = model.get_submodule(name).register_forward_hook(lambda m, i, o: kept.append(o))
+    with torch.no_grad():
+        model(images)
+    handle.remove()
+    return kept[0]
+
+
+def test_second_moments_are_those_of_all_columns_in_float64(images):
+    net = residual_net().eval()
+    layers = find_layers(net)
+    found = second_moments(net, images, layers, Calibration(positions=ALL), CPU)
+    x = outputs_of(net, "0", images).double()
+    patches = torch.nn.functional.unfold(x, 3, padding=1).mT.reshape(-1, 54)
+    torch.testing.assert_close(
+        found["1.a", "channel"], patches.mT @ patches / len(patches), rtol=1e-5, atol=1e-6
+    )
+    assert found["1.a", "spatial"].shape == (18, 18)
+
+
+def test_whitened_truncation_is_the_best_of_its_rank_on_the_images():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 9, bias=False)).double()
+    x = torch.randn(60, 3, 2, 2, dtype=torch.float64) * torch.linspace(0.1, 3, 2)
+    settings = OFF.model_copy(update={"whitened": True})
+    made = plan(net, 3, calibration=x, settings=settings)
+    small = convert(net, made, calibration=x, settings=settings)
+    rows, W = x.flatten(1), net[1].weight.detach()
+    reference = torch.linalg.svdvals(W @ square_root(rows.mT @ rows / 60))[3:].square().sum()
+    error = (net(x) - small(x)).square().sum(1).mean()
+    torch.testing.assert_close(error.detach(), reference)
+    whole = net(x).detach().square().sum(1).mean()
+    assert made["1"].expected_error == pytest.approx(float((reference / whole).sqrt()))
+
+
+def test_calibration_runs_few_images_at_once(images, monkeypatch):
+    monkeypatch.setattr(calibrating, "BATCH", 16)
+    net, seen = residual_net().eval(), []
+    net[1].register_forward_pre_hook(lambda m, i: seen.append(len(i[0])))
+    layers = find_layers(net)
+    whole = second_moments(net, images, layers, Calibration(positions=ALL), CPU)
+    assert max(seen) == 16
+    monkeypatch.setattr(calibrating, "BATCH", 64)
+    for key, moment in second_moments(net, images, layers, Calibration(positions=ALL), CPU).items():
+        torch.testing.assert_close(whole[key], moment, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["linear only", "no batch norm"])
+def test_sequential_reconstruction_never_raises_a_layers_error(name, images):
+    """The regression, cut in its inputs' norm, beats any other weight of that rank."""
+    net = settled(NETS[name]())
+    settings = OFF.model_copy(
+        update={"sequential": True, "positions": ALL, "ridge": 1e-9, "residual": 0.0}
+    )
+    images = images.repeat(8, 1, 1, 1)  # rows enough to ask more of them than of the weight
+    images = images + 0.5 * torch.randn_like(images)
+    small = shrunk(net, images, settings, scheme="channel")
+    for layer_name, layer in factored_layers(small).items():
+        inputs = []
+        hook = layer.register_forward_pre_hook(lambda m, i, kept=inputs: kept.append(i[0]))
+        given = outputs_of(small, layer_name, images)
+        hook.remove()
+        wanted = outputs_of(net, layer_name, images)
+        dense = net.get_submodule(layer_name)
+        whole = dense.weight.detach().flatten(1).double()
+        at = sampling.positions("", len(images), sampling.places(dense, wanted, len(images)), ALL)
+        size = () if sampling.is_linear(dense) else tuple(wanted.shape[2:])
+        rows = sampling.input_rows(dense, inputs[0], size, at).double()
+        left = torch.linalg.svd(whole @ square_root(rows.mT @ rows)).U[:, : layer.rank]
+        other = rows @ (left @ left.mT @ whole).mT + dense.bias
+        target = sampling.output_rows(dense, wanted, at)
+        mine = (sampling.output_rows(dense, given, at) - target).square().mean()
+        assert mine <= (other - target).square().mean() * (1 + 1e-3)
+
+
+def test_batch_norm_matching_gives_the_dense_networks_moments(images):
+    net = settled(residual_net())
+    small = shrunk(net, images, OFF.model_copy(update={"match_batch_norm": True}))
+    for name, module in net.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            mine, theirs = (
+                channel_moments(channel_sums(outputs_of(model, name, images)))
+                for model in (small, net)
+            )
+            torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_the_end_of_a_branch_makes_up_for_its_shortcut(images):
+    net = settled(residual_net(norm=False))
+    off = Calibration(positions=ALL, refine_steps=0, residual=0.0)
+    error = {}
+    for residual in (0.0, 1.0):
+        settings = off.model_copy(update={"residual": residual})
+        made = plan(net, 0.3, calibration=images, settings=settings).with_rank("1.a", 2)
+        made = made.with_rank("2.b", None)
+        small = convert(net, made, calibration=images, settings=settings)
+        error[residual] = (
+            (outputs_of(small, "2", images) - outputs_of(net, "2", images)).square().mean()
+        )
+    assert error[1.0] < 0.95 * error[0.0]
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_every_kind_of_network_calibrates_and_stays_finite(name, images):
+    net = settled(NETS[name]())
+    before = copy.deepcopy(net.state_dict())
+    small = shrunk(net, images, QUICK)
+    assert factored_layers(small)
+    assert small(images).isfinite().all()
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in small.modules())
+
+
+def test_at_full_rank_calibration_changes_next_to_nothing(images):
+    net = settled(residual_net())
+    made = plan(net, 0.5)
+    for name in ("1.a", "1.b", "2.a", "2.b"):
+        made = made.with_rank(name, made[name].full_rank)
+    made = made.with_rank("0", None).with_rank("5", None)
+    settings = Calibration(refine_steps=0, positions=ALL)
+    small = convert(net, made, calibration=images, settings=settings)
+    torch.testing.assert_close(small(images), net(images), rtol=1e-3, atol=1e-3)
+
+
+def test_with_everything_off_images_change_nothing(images):
+    net = settled(residual_net())
+    plain = convert(net, plan(net, 0.3))
+    made = plan(net, 0.3, calibration=images, settings=OFF)
+    for key, value in shrunk(net, images, OFF).state_dict().items():
+        assert torch.equal(value, plain.state_dict()[key])
+    assert [p.rank for p in made.layers] == [p.rank for p in plan(net, 0.3).layers]
+
+
+@pytest.mark.parametrize(
+    "switch",
+    [{"whitened": True}, {"sequential": True}, {"match_batch_norm": True}, {"refine_steps": 2}],
+    ids=lambda s: next(iter(s)),
+)
+def test_each_switch_does_something_alone(switch, images):
+    net = settled(residual_net())
+    plain, with_it = (shrunk(net, images, OFF.model_copy(update=update)) for update in ({}, switch))
+    assert not torch.equal(plain(images), with_it(images))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_precision_is_kept_while_calibration_computes_in_float32_or_more(dtype, images):
+    net = settled(residual_net())
+    wide = shrunk(net, images, QUICK)
+    narrow = shrunk(copy.deepcopy(net).to(dtype), images, QUICK)
+    assert {t.dtype for t in narrow.state_dict().values() if t.is_floating_point()} == {dtype}
+    gap = (narrow.float()(images) - wide(images)).norm() / wide(images).norm()
+    assert gap < {torch.float16: 0.02, torch.bfloat16: 0.2, torch.float64: 0.02}[dtype]
+
+
+@pytest.mark.parametrize("stage", ["calibrate", "1.a", "refine"])
+def test_an_interruption_leaves_the_dense_model_as_it_was(stage, images):
+    net = settled(residual_net())
+    before = copy.deepcopy(net.state_dict())
+    made = plan(net, 0.3).without_spectra()
+
+    def stop(what: str, done: int, total: int) -> None:
+        if what == stage:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(net, made, calibration=images, settings=QUICK, progress=stop)
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+    assert all(p.requires_grad for p in net.parameters())
+
+
+def test_the_same_images_give_the_same_network(images):
+    net = settled(residual_net())
+    first, second = (shrunk(net, images, QUICK) for _ in range(2))
+    assert all(torch.equal(v, second.state_dict()[k]) for k, v in first.state_dict().items())
+
+
+def test_bad_images_are_refused(images):
+    net = residual_net()
+    images[3, 0, 0, 0] = float("nan")
+    with pytest.raises(StiefelError, match="not finite"):
+        plan(net, 0.5, calibration=images)
+    with pytest.raises(StiefelError, match="needs a batch of images"):
+        plan(net, 0.5, calibration=images[:0], example=images[:1])
+
+
+def test_refinement_brings_features_closer_and_leaves_proper_factors(images):
+    net = settled(residual_net())
+    small = shrunk(net, images, Calibration(refine_steps=0))
+    for p in small.parameters():
+        p.requires_grad_(False)
+    ready = prepared(net)
+    before, after = refine(ready, small, images, Calibration(refine_steps=90, refine_batch=16))
+    assert after < 0.96 * before
+    for layer in factored_layers(small).values():
+        eye = torch.eye(layer.rank)
+        torch.testing.assert_close(layer.U.mT @ layer.U, eye, rtol=0, atol=1e-5)
+        torch.testing.assert_close(layer.V.mT @ layer.V, eye, rtol=0, atol=1e-5)
+        assert (layer.S.diff() <= 0).all()
+        assert (layer.S >= 0).all()
+    assert not any(p.requires_grad or p.grad is not None for p in small.parameters())
+
+
+def test_refinement_that_leads_astray_is_undone(images):
+    net = settled(residual_net())
+    small = shrunk(net, images, Calibration(refine_steps=0))
+    state = copy.deepcopy(small.state_dict())
+    before, after = refine(prepared(net), small, images, Calibration(refine_lr=50, refine_steps=4))
+    assert after == before
+    assert all(torch.equal(value, state[key]) for key, value in small.state_dict().items())
+
+
+def test_units_are_the_residual_blocks_and_single_layers_of_plain_chains(images):
+    net = ZOO["resnet56"]().eval()
+    small = convert(net, plan(net, 0.5))
+    assert find_units(small)[:3] == ["conv1", "layer1.0", "layer1.1"]
+    assert len(find_units(small)) == 1 + 27 + 1
+    chain = nn.Sequential(*[nn.Linear(8, 8) for _ in range(9)])
+    assert find_units(convert(chain, plan(chain, 2))) == [str(i) for i in range(9)]
+
+
+def test_the_trace_finds_every_block_of_a_resnet(images):
+    net = ZOO["resnet20"]().eval()
+    names = [layer.name for layer in find_layers(net)]
+    flow = trace(net, names, torch.randn(2, 3, 32, 32))
+    blocks = [name for name in names if name.endswith("conv2")]
+    assert list(flow.residuals) == blocks
+    assert all(flow.residuals[n].norm == n.replace("conv2", "bn2") for n in blocks)
+    assert flow.normed == {n for n in names if "conv" in n}
+
+
+def test_what_cannot_be_traced_has_no_flow(images):
+    assert trace(NETS["untraceable"]().eval(), ["1.a"], images).graph is None
+
+
+def test_budgets_spare_the_layers_that_the_output_minds(images):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(108, 20), nn.Linear(20, 20), nn.Linear(20, 5))
+    with torch.no_grad():
+        net[3].weight.mul_(0.01)
+    layers = find_layers(net.eval())
+    found = sensitivities(net, images, layers, Calibration(sensitivity=1.0), CPU)
+    twice = sensitivities(net, images.repeat(2, 1, 1, 1), layers, Calibration(), CPU)
+    assert set(found) == {"1", "2", "3"}
+    assert torch.tensor([*found.values()]).log().sum() == pytest.approx(0, abs=1e-4)
+    assert twice["2"] == pytest.approx(found["2"] ** 0.5, rel=0.3)
+    assert sensitivities(net, images, layers, OFF, CPU) == {}
+
+
+def test_tied_and_factored_layers_are_passed_over(images):
+    net = residual_net(norm=False).eval()
+    net[2].a.weight = net[1].a.weight
+    small = shrunk(net, images, QUICK)
+    assert small[2].a.U is small[1].a.U
+    smaller = shrunk(small, images, QUICK)
+    assert all(
+        layer.rank <= factored_layers(small)[name].rank
+        for name, layer in factored_layers(smaller).items()
+    )
+    assert isinstance(smaller[1].a, Factored)
+
+
+def test_reconstruction_alone_needs_no_refinement(images):
+    net = settled(residual_net())
+    made = plan(net, 0.3, calibration=images)
+    small = convert(net, made)
+    gap = (small(images) - net(images)).square().mean()
+    reconstruct(prepared(net), small, made, images, Calibration())
+    assert (small(images) - net(images)).square().mean() < gap
