@@ -88,7 +88,10 @@ class _Tapped(fx.Interpreter):
 
 
 def _read(model: nn.Module, layers: set[str]) -> Flow:
+    attributes = set(vars(model))
     graph = fx.Tracer().trace(model)
+    if set(vars(model)) - attributes:
+        raise ValueError("tracing made constants of this model, which a copy of it lacks")
     modules = dict(model.named_modules())
     at = {node: place for place, node in enumerate(graph.nodes)}
     residuals: dict[str, Residual] = {}

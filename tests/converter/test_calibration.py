@@ -55,6 +55,13 @@ class Moody(nn.Module):
         return self.b(h.relu() if h.sum() > -1e9 else h)
 
 
+class Constant(nn.Module):
+    """Tracing makes an attribute of the tensor that it makes anew each time."""
+
+    def forward(self, x):
+        return x * torch.tensor(2.0)
+
+
 def residual_net(norm: bool = True) -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(3, 6, 3, padding=1),
@@ -88,6 +95,7 @@ NETS = {
         nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=2), nn.Flatten(), nn.Linear(32, 5)
     ),
     "attention": attention_net,
+    "constant": lambda: nn.Sequential(Constant(), *residual_net()),
     "untraceable": lambda: nn.Sequential(nn.AvgPool2d(3), Moody()),
 }
 
@@ -346,8 +354,9 @@ def test_the_trace_finds_every_block_of_a_resnet(images):
     assert flow.normed == {n for n in names if "conv" in n}
 
 
-def test_what_cannot_be_traced_has_no_flow(images):
-    assert trace(NETS["untraceable"]().eval(), ["1.a"], images).graph is None
+@pytest.mark.parametrize("name", ["untraceable", "constant"])
+def test_what_cannot_be_traced_for_a_copy_too_has_no_flow(name, images):
+    assert trace(NETS[name]().eval(), ["1.a"], images).graph is None
 
 
 def test_budgets_spare_the_layers_that_the_output_minds(images):
