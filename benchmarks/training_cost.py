@@ -1,18 +1,20 @@
 """What a training step costs: memory of activations and time, local rules against backpropagation.
 
 Every contender takes whole training steps (forward, backward, AdamW, retraction) on the same random
-images, in turn, round by round. Memory is counted twice: the tensors that autograd holds for
-backward, which is exact and the same on every machine; and the allocator's peak above what is held
-between steps (weights, gradients, optimizer), with all that a step needs for a moment. Memory grows
-with the batch, so the ratios hold for any batch; the sweeps over depth and width show how.
+images, in turn, round by round. Memory is told in three figures. Activations: the tensors that
+autograd holds for backward at any one time, exact and the same on every machine. Peak: the most
+that the allocator holds in forward and backward, temporaries included, beyond the third figure.
+Fixed: weights, gradients and AdamW's moments, of the network and of the rule's read-outs. The first
+two grow with the batch, so their ratios hold for any batch; the sweeps show depth and width.
 """
 
 import copy
 import json
+import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ from trainers.rules import BP, DFA, SSA, RuleSettings, make_rule
 from trainers.settings import TrainSettings
 from trainers.update import Update
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler talks to itself
 matplotlib.use("Agg")  # no screen needed
 
 from matplotlib import pyplot as plt
@@ -50,15 +53,17 @@ RULES: dict[str, tuple[str, RuleSettings]] = {
 BASE = "backprop"
 # Network: what to load, images' shape, classes, images to a step on a CPU and on a GPU.
 NETWORKS = {
-    "vgg13": ("zoo:vgg13", (3, 32, 32), 10, 32, 512),
-    "resnet32": ("zoo:resnet32", (3, 32, 32), 10, 32, 512),
-    "smallconv": ("zoo:smallconv", (3, 32, 32), 10, 64, 1024),
-    "resnet50": ("torchvision:resnet50", (3, 224, 224), 1000, 4, 64),
-    "vit_b_16": ("torchvision:vit_b_16", (3, 224, 224), 1000, 2, 64),
+    "vgg13": ("zoo:vgg13", (3, 32, 32), 10, 64, 512),
+    "resnet32": ("zoo:resnet32", (3, 32, 32), 10, 128, 512),
+    "smallconv": ("zoo:smallconv", (3, 32, 32), 10, 128, 1024),
+    "resnet50": ("torchvision:resnet50", (3, 224, 224), 1000, 8, 64),
+    "vit_b_16": ("torchvision:vit_b_16", (3, 224, 224), 1000, 4, 64),
 }
 DEPTHS = (20, 32, 44, 56, 110)
 WIDTHS = (16, 32, 64, 128)
 SWEPT = ("backprop, dense", "backprop", "dfa, stored", "ssa")
+# With a thousand classes each contender weighs gigabytes, optimizer included.
+HEAVY = ("backprop, dense", "backprop", "ssa", "ssa, cut at layers")
 
 
 @dataclass
@@ -68,8 +73,9 @@ class Contender:
     name: str
     network: nn.Module
     state: nn.Module
-    step: Callable[[], None]
-    seconds: list[float]
+    learn: Callable[[], None]  # forward and backward
+    update: Callable[[], None]  # the optimizer and the retraction
+    seconds: list[tuple[float, float]] = field(default_factory=list)
 
 
 @click.command(help=__doc__)
@@ -78,7 +84,7 @@ class Contender:
 @click.option(
     "--batch", type=int, help="images to a step  [default: what suits network and device]"
 )
-@click.option("--rounds", default=7, show_default=True, help="timed steps of each contender")
+@click.option("--rounds", default=5, show_default=True, help="timed steps of each contender")
 @click.option("--sweeps/--no-sweeps", default=True, show_default=True, help="depth and width too")
 @click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32")
 @click.option("--device", "name", default="auto", show_default=True)
@@ -96,7 +102,7 @@ def main(networks, rank, batch, rounds, sweeps, precision, name, threads, out) -
     def measure(part: str, key: str, dense: nn.Module, x: Tensor, classes: int, rules) -> None:
         print(f"{part} {key}, {len(x)} images to a step", flush=True)
         x = x.to(device, memory_format=_layout(device))
-        rows = compare(dense.to(device), x, classes, rank, settings, rules, rounds)
+        rows = compare(dense, x, classes, rank, settings, rules, rounds)
         found[part][key] = {"images": len(x), "shape": list(x.shape[1:]), "rows": rows}
         for row in rows:
             print("  " + _line(row, rows), flush=True)
@@ -104,9 +110,10 @@ def main(networks, rank, batch, rounds, sweeps, precision, name, threads, out) -
     for key in filter(None, networks.split(",")):
         spec, shape, classes, few, many = NETWORKS[key]
         count = batch or (many if device.type == "cuda" else few)
+        rules = [*RULES] if classes < 1000 else HEAVY
         torch.manual_seed(0)
-        measure("networks", key, load(spec), torch.randn(count, *shape), classes, [*RULES])
-    count = batch or (512 if device.type == "cuda" else 16)
+        measure("networks", key, load(spec), torch.randn(count, *shape), classes, rules)
+    count = batch or (512 if device.type == "cuda" else 64)
     for depth in DEPTHS if sweeps else ():
         torch.manual_seed(0)
         x = torch.randn(count, 3, 32, 32)
@@ -134,11 +141,11 @@ def compare(
     classes: int,
     rank: str,
     settings: TrainSettings,
-    rules: list[str],
+    rules: Sequence[str],
     rounds: int,
 ) -> list[dict[str, Any]]:
     """Memory of each contender, then their steps timed in turn; one row each."""
-    factored = convert(dense.cpu(), plan(dense.cpu(), rank, example=x[:1].cpu()), device="cpu")
+    factored = convert(dense, plan(dense, rank, example=x[:1].cpu()))
     forms = {"dense": dense, "factored": factored}
     labels = torch.arange(len(x), device=x.device) % classes
     contenders = [
@@ -148,13 +155,16 @@ def compare(
     rows = [weigh(contender, x.device) for contender in contenders]
     for _ in range(rounds):
         for contender in contenders:
-            contender.seconds.append(_timed(contender.step, x.device))
+            both = (contender.learn, contender.update)
+            contender.seconds.append(tuple(_timed(work, x.device) for work in both))
     base = next(c.seconds for c in contenders if c.name == BASE)
     for row, contender in zip(rows, contenders, strict=True):
-        ratios = [mine / theirs for mine, theirs in zip(contender.seconds, base, strict=True)]
+        pairs = zip(contender.seconds, base, strict=True)
+        ratios = [sum(mine) / sum(theirs) for mine, theirs in pairs]
         low, middle, high = statistics.quantiles(ratios, n=4) if rounds > 1 else ratios * 3
         row |= {
-            "step_ms_p50": 1e3 * statistics.median(contender.seconds),
+            "step_ms_p50": 1e3 * statistics.median(map(sum, contender.seconds)),
+            "update_ms_p50": 1e3 * statistics.median(update for _, update in contender.seconds),
             "time_ratio": middle,
             "time_ratio_low": low,
             "time_ratio_high": high,
@@ -179,26 +189,29 @@ def prepare(
     update = Update(network, state, settings, x.device, World(), steps=10_000)
     done = iter(range(10_000))
 
-    def step() -> None:
+    def learn() -> None:
         with autocast(x.device, settings.precision):
             learner.step(network, state, x, labels, scale=update.scale())
-        update(next(done))
 
-    return Contender(name, network, state, step, [])
+    return Contender(name, network, state, learn, lambda: update(next(done)))
 
 
 def weigh(contender: Contender, device: torch.device) -> dict[str, Any]:
-    """Memory that one step holds for backward, and the allocator's peak; after a warm-up step."""
-    contender.step()
+    """Memory of forward and backward, where gradients have their place already."""
+    contender.learn()
     with SavedActivations(contender.network, contender.state) as saved:
-        contender.step()
-    peak = allocator_peak(contender.step, device)
+        contender.learn()
+    peak = allocator_peak(contender.learn, device)
+    contender.update()
+    parts = [[*part.parameters()] for part in (contender.network, contender.state)]
+    network, readouts = (sum(p.numel() for p in part) for part in parts)
     return {
         "rule": contender.name,
         "activations_mib": saved.peak_bytes / MIB,
-        "allocated_peak_mib": peak / MIB,
-        "parameters": sum(p.numel() for p in contender.network.parameters()),
-        "readout_parameters": sum(p.numel() for p in contender.state.parameters()),
+        "peak_mib": peak / MIB,
+        "fixed_mib": 4 * 4 * (network + readouts) / MIB,
+        "parameters": network,
+        "readout_parameters": readouts,
     }
 
 
@@ -213,19 +226,22 @@ def _layout(device: torch.device) -> torch.memory_format:
 
 
 def _timed(step: Callable[[], None], device: torch.device) -> float:
+    """Seconds. One thread's own processor time is what it would take on a quiet machine."""
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    clock = time.process_time if alone else time.perf_counter
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    start = time.perf_counter()
+    start = clock()
     step()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def _ratios(row: dict[str, Any], rows: list[dict[str, Any]]) -> tuple[float, float]:
     """How many times more the factored network's backpropagation holds, saved and at the peak."""
     base = next(r for r in rows if r["rule"] == BASE)
-    keys = ("activations_mib", "allocated_peak_mib")
+    keys = ("activations_mib", "peak_mib")
     return tuple(base[key] / row[key] for key in keys)
 
 
@@ -233,7 +249,8 @@ def _line(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     saved, peak = _ratios(row, rows)
     return (
         f"{row['rule']:<24} activations {row['activations_mib']:8.1f} MiB (÷{saved:5.1f})  "
-        f"peak {row['allocated_peak_mib']:8.1f} MiB (÷{peak:4.1f})  "
+        f"peak {row['peak_mib']:8.1f} MiB (÷{peak:4.1f})  "
+        f"fixed {row['fixed_mib']:6.0f} MiB  "
         f"step {row['step_ms_p50']:8.1f} ms (×{row['time_ratio']:.2f})"
     )
 
@@ -246,10 +263,22 @@ def _tables(result: dict[str, Any]) -> Iterator[str]:
     yield (
         f"{where}, {result['about']['precision']}, torch {facts['torch']}, "
         f"rank {result['about']['rank']}. "
-        "÷: how many times less than backpropagation on the same factored network. ×: time against "
-        "it, median of the rounds with quartiles.\n"
+        "Activations: held for backward. Peak: of forward and backward, beyond fixed. Fixed: "
+        "weights, gradients and AdamW's moments, read-outs included. ÷: how many times less than "
+        "backpropagation on the same factored network. ×: time of a step against it, median of the "
+        "rounds and quartiles; of it, the update is the optimizer's.\n"
     )
-    head = ["", "activations, MiB", "÷", "peak, MiB", "÷", "step, ms", "×", "read-outs"]
+    head = [
+        "",
+        "activations, MiB",
+        "÷",
+        "peak, MiB",
+        "÷",
+        "fixed, MiB",
+        "step, ms",
+        "update, ms",
+        "×",
+    ]
     for part in ("networks", "depth", "width"):
         for key, found in result[part].items():
             title = {"networks": key, "depth": f"ResNet-{key}", "width": f"{key} channels wide"}
@@ -264,13 +293,12 @@ def _cells(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
         row["rule"],
         f"{row['activations_mib']:.1f}",
         f"{saved:.1f}",
-        f"{row['allocated_peak_mib']:.1f}",
+        f"{row['peak_mib']:.1f}",
         f"{peak:.1f}",
+        f"{row['fixed_mib']:.0f}",
         f"{row['step_ms_p50']:.0f}",
+        f"{row['update_ms_p50']:.0f}",
         f"{row['time_ratio']:.2f} ({row['time_ratio_low']:.2f}–{row['time_ratio_high']:.2f})",
-        f"{row['readout_parameters'] / row['parameters']:.2f} of the network's"
-        if row["readout_parameters"]
-        else "–",
     ]
 
 

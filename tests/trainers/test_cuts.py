@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from converter.errors import StiefelError
 from converter.factors import factored_layers
-from trainers.cuts import CutSettings, cut, cut_alike, describe_cuts
+from trainers.cuts import CutSettings, Root, cut, cut_alike, describe_cuts
 from trainers.memory import SavedActivations
 
 NAMES = [
@@ -293,3 +293,12 @@ def test_cuts_are_described_as_plain_data(factored, images):
     assert sum(entry["parameters"] for entry in described) == sum(
         p.numel() for p in network.parameters()
     )
+
+
+@pytest.mark.parametrize(("sides", "grid"), [((8, 8), 4), ((7, 7), 4), ((6, 9), 3), ((2, 2), 4)])
+def test_pooling_is_adaptive_pooling_whatever_the_sides(sides, grid):
+    root = Root("h", (5, *sides), "map")
+    h = torch.randn(3, 5, *sides, dtype=torch.float64)
+    expected = F.adaptive_avg_pool2d(h, tuple(min(grid, side) for side in sides)).flatten(1)
+    torch.testing.assert_close(root.pooled(h, grid), expected)
+    assert expected.shape[1] == root.features(grid)

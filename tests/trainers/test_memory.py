@@ -1,10 +1,13 @@
 """The account of activations held for backward agrees with what can be worked out by hand."""
 
+import pytest
 import torch
 from torch import nn
 
-from trainers.memory import SavedActivations, activation_memory_mib
-from trainers.rules import BP
+from converter.convert import convert, plan
+from converter.zoo import CifarResNet
+from trainers.memory import SavedActivations, activation_memory_mib, allocator_peak
+from trainers.rules import BP, SSA
 
 FLOAT = 4
 
@@ -47,3 +50,39 @@ def test_measuring_leaves_the_model_as_it_was():
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key])
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_the_rule_s_own_parameters_are_not_activations():
+    model, readout = nn.Linear(10, 6), nn.Linear(6, 5)
+    with SavedActivations(model, readout) as saved:
+        output = readout(model(torch.randn(8, 10)))
+    assert saved.peak_bytes == FLOAT * 8 * (10 + 6)
+    output.sum().backward()
+
+
+def test_the_allocator_s_peak_counts_all_that_is_there_at_once():
+    def work():
+        one = torch.ones(2**20)
+        two = one * 2
+        del one
+        return two.sum() + torch.ones(2**18).sum()
+
+    before = torch.ones(2**22)  # held already, so not counted
+    peak = allocator_peak(work, torch.device("cpu"))
+    assert 2 * FLOAT * 2**20 <= peak < 2 * FLOAT * 2**20 + 4096
+    assert before.sum() == 2**22
+
+
+def test_immediate_blocks_hold_as_much_however_deep_the_network():
+    held = []
+    for depth in (8, 20):
+        network = CifarResNet(depth, num_classes=5)
+        network = convert(network, plan(network, 4)).train()
+        images = torch.randn(4, 3, 32, 32)
+        local, backprop = (
+            activation_memory_mib(network, rule, images, num_classes=5) for rule in (SSA(), BP())
+        )
+        held.append((local, backprop))
+    (few, little), (many, much) = held
+    assert many == pytest.approx(few, rel=0.02)
+    assert much > 2 * little

@@ -76,7 +76,12 @@ class Root:
             h = h.permute(0, 3, 1, 2)
         if self.layout in ("map", "map-last"):
             height, width = h.shape[-2:]
-            h = F.adaptive_avg_pool2d(h, (min(grid, height), min(grid, width)))
+            rows, columns = min(grid, height), min(grid, width)
+            if height % rows == 0 and width % columns == 0:
+                # The same means; unlike adaptive pooling, it repeats bit for bit on CUDA.
+                h = F.avg_pool2d(h, (height // rows, width // columns))
+            else:
+                h = F.adaptive_avg_pool2d(h, (rows, columns))
         return h.flatten(1)
 
 

@@ -155,17 +155,17 @@ def _graph(roots: tuple[Tensor, ...]) -> set[Any]:
 
 
 def _matching(network: nn.Module, globs: tuple[str, ...]) -> dict[str, nn.Module]:
-    named = {
-        name: module
-        for name, module in network.named_modules()
-        if any(name.count(".") == glob.count(".") and fnmatchcase(name, glob) for glob in globs)
-    }
-    named.pop("", None)
-    if not named:
-        some = ", ".join([name for name, _ in network.named_modules() if name][:6])
-        raise StiefelError(
-            f"no submodule of {type(network).__name__} matches {', '.join(globs)}; it has {some}"
-        )
+    modules = {name: module for name, module in network.named_modules() if name}
+    named: dict[str, nn.Module] = {}
+    for glob in globs:
+        dots = glob.count(".")
+        found = {n for n in modules if n.count(".") == dots and fnmatchcase(n, glob)}
+        if not found:
+            raise StiefelError(
+                f"no submodule of {type(network).__name__} matches {glob}; it has "
+                f"{', '.join([*modules][:6])}, …"
+            )
+        named |= {name: modules[name] for name in modules if name in found}
     for name in named:
         if inner := next((n for n in named if n.startswith(f"{name}.")), None):
             raise StiefelError(f"blocks must not contain one another: '{name}' contains '{inner}'")
