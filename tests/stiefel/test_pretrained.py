@@ -38,6 +38,7 @@ def road(checkpoint, cifar_folder, tmp_path_factory) -> tuple[Path, dict]:
         "device": "cpu",
         "convert.calibrate_images": 100,
         "train.batch_size": 50,
+        "train.lr": 0.0005,
         "bench.batches": "[1]",
         "bench.rounds": 3,
         "bench.calls": 3,
