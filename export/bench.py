@@ -25,7 +25,7 @@ from export.compact import compact
 from export.doctor import environment
 from export.memory import PeakMemory
 from export.runtimes import RUNTIMES, Loaded, Runtime, Subject
-from export.safetensors import build, is_compact
+from export.safetensors import open_model
 from trainers.device import resolve_device
 
 Progress = Callable[[str, int, int], None]
@@ -323,16 +323,9 @@ def _subject(name: str, source: Source, module: nn.Module | None) -> Subject:
         parity.session(path)  # says now what is wrong with the file
         return Subject(name, module=None if module is None else compact(module).cpu(), onnx=path)
     start = time.perf_counter()
-    model = build(path) if path.is_file() and is_compact(path) else _load(source)
-    small = compact(model).cpu().float()
+    small = compact(open_model(source)).cpu().float()
     size = path.stat().st_size if path.is_file() else None
     return Subject(name, small, load_seconds=time.perf_counter() - start, file_size_bytes=size)
-
-
-def _load(source: Path | str) -> nn.Module:
-    from converter.checkpoints import load_any
-
-    return load_any(source)
 
 
 def _input_shape(

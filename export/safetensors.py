@@ -25,6 +25,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from converter.attention import FactoredAttention
+from converter.checkpoints import load_any
 from converter.errors import StiefelError
 from converter.files import atomic_path
 from converter.models import rebuild
@@ -123,6 +124,16 @@ def build(path: str | Path, *, model: nn.Module | None = None) -> nn.Module:
     if spec is not None:
         model.stiefel_spec = spec
     return model.eval().requires_grad_(False)
+
+
+def open_model(source: str | Path) -> nn.Module:
+    """A model from a compact export, or from whatever else names one (`load_any`).
+
+    Raises:
+        StiefelError: there is no such file or model, or they don't fit together.
+    """
+    path = Path(source)
+    return build(path) if path.is_file() and is_compact(path) else load_any(source)
 
 
 def is_compact(path: str | Path) -> bool:

@@ -16,7 +16,7 @@ from converter.files import write_text
 from export.bench import BenchSettings, bench
 from export.doctor import doctor
 from export.onnx import OnnxSettings, export_onnx
-from export.safetensors import export_safetensors
+from export.safetensors import SafetensorsSettings, export_safetensors, open_model
 from stiefel import report as rendering
 from stiefel import tables
 from stiefel.console import Console
@@ -34,7 +34,7 @@ from stiefel.inputs import (
     write_json,
 )
 from stiefel.materials import build, calibration_images, example_of, make_plan, open_data
-from stiefel.options import collect, settings_options
+from stiefel.options import collect, given, settings_options
 from stiefel.plots import draw_bench, draw_diagnostics, draw_spectra
 from stiefel.recipe import (
     ConvertSection,
@@ -43,7 +43,7 @@ from stiefel.recipe import (
     resolved,
 )
 from stiefel.run import default_folder, dry_run, run
-from trainers.cuts import describe_cuts
+from trainers.cuts import CutSettings, describe_cuts
 from trainers.data import images
 from trainers.device import resolve_device
 from trainers.evaluate import evaluate
@@ -187,7 +187,9 @@ def train_command(path: Path, rule: str, **values: Any) -> None:
         console.note("go on with the same command and --resume")
         raise KeyboardInterrupt
     if is_main_process():
-        save_factored(model, output, history={"step": "train-local", "rule": rule})
+        done = {"step": "train-local", "rule": rule}
+        done["accuracy"] = history.records[-1]["test_accuracy"]
+        save_factored(model, output, history=done)
         if history.diagnostics:
             draw_diagnostics(history.diagnostics, out / "diagnostics.png")
         console.show(f"Best test accuracy {100 * history.best_accuracy:.2f} %. Wrote {output}.")
@@ -195,27 +197,38 @@ def train_command(path: Path, rule: str, **values: Any) -> None:
 
 
 @main.command()
-@click.argument("path", type=FILE)
+@click.argument("source", metavar="MODEL")
 @click.option("--output", "-o", type=NEW_FILE, required=True, help="FILE.onnx or FILE.safetensors")
-@click.option("--data", "source", help="prove the export on these real images too")
-@settings_options(OnnxSettings)
+@click.option("--data", help="prove the export on real images of this data too")
+@settings_options(SafetensorsSettings, OnnxSettings)
 @json_option
-def export(path: Path, output: Path, source: str | None, json_file: Path | None, **values) -> None:
-    """Write a model for deployment; the ending says the format."""
-    model = load_any(path)
+def export(
+    source: str, output: Path, data: str | None, json_file: Path | None, **values: Any
+) -> None:
+    """Write MODEL (a checkpoint or a name) for deployment; the ending says the format."""
+    if output.suffix not in (".onnx", ".safetensors"):
+        raise click.UsageError(f"-o {output}: end the name in .onnx or .safetensors")
+    model = open_model(source)
+    known = (getattr(model, "stiefel_history", None) or [{}])[-1].get("accuracy")
     if output.suffix == ".safetensors":
-        result = export_safetensors(model, output)
-    elif output.suffix == ".onnx":
-        example = example_of(model, 2)
-        if source:
-            data = open_data(DataSection(source=source, augment=False), model, seed=0)
-            example = images(data.test, 8, 0)
+        if unused := [o for o in given(OnnxSettings, values) if o != "--precision"]:
+            raise click.UsageError(f"{unused[0]} is for .onnx files")
+        settings = collect(SafetensorsSettings, values)
+        result = export_safetensors(model, output, settings=settings, accuracy=known)
+    else:
+        settings, real = collect(OnnxSettings, values), None
+        if data:
+            section = DataSection(source=data, augment=False)
+            real = images(open_data(section, model, seed=0).test, 8, 0)
         with console.status("export, then compare with torch"):
             result = export_onnx(
-                model, output, example=example, settings=collect(OnnxSettings, values)
+                model,
+                output,
+                example=example_of(model),
+                inputs=real,
+                settings=settings,
+                accuracy=known,
             )
-    else:
-        raise click.UsageError(f"-o {output}: end the name in .onnx or .safetensors")
     console.show(tables.export_line(result))
     write_json(json_file, result)
 
@@ -238,6 +251,7 @@ def bench_command(
     with console.progress("bench") as progress:
         result = bench(models, settings, progress=progress)
     console.show(tables.bench_table(result))
+    console.show(tables.resources_table(result))
     for ratio in result.ratios:
         console.show(rendering.sentence(ratio.model_dump()))
     if plot:
@@ -277,13 +291,16 @@ def evaluate_command(**values: Any) -> None:
 @model_options
 @click.option("--plot", type=NEW_FILE, help="draw the singular-value spectra and chosen ranks")
 @click.option("--cuts", is_flag=True, help="show the local blocks instead")
+@settings_options(CutSettings)
 @json_option
 def inspect_command(plot: Path | None, cuts: bool, **values: Any) -> None:
     """Show a model's layers: kind, shape, scheme, rank, parameters, MACs, error."""
     section = model_section(values)
     model = build(section, note=console.note)
+    if not cuts and (unused := given(CutSettings, values)):
+        raise click.UsageError(f"{unused[0]} is for --cuts")
     if cuts:
-        blocks = describe_cuts(model)
+        blocks = describe_cuts(model, settings=collect(CutSettings, values))
         console.show(tables.cuts_table(blocks))
         write_json(values["json_file"], blocks)
         return

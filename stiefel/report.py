@@ -86,7 +86,7 @@ def sentence(ratio: Mapping[str, Any]) -> str:
     place = f"{ratio['runtime']}, {ratio['device']}, {ratio['precision']}, batch {ratio['batch']}"
     spread = f"{ratio['speedup']:.2f}× ({ratio['speedup_low']:.2f}–{ratio['speedup_high']:.2f})"
     if ratio["within_noise"]:
-        return f"{place}: {spread}, no difference beyond noise."
+        return f"{place}: {ratio['model']}, {spread}, no difference beyond noise."
     word = "faster" if ratio["speedup"] > 1 else "slower"
     return f"{place}: {ratio['model']} is {word} than {ratio['baseline']}, {spread}."
 

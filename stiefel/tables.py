@@ -126,6 +126,30 @@ def bench_table(result: BenchReport) -> Table:
     return grid("", [*header, "p50 ms", "p95 ms", "p99 ms", "images/s", "speed-up"], rows, left=4)
 
 
+def resources_table(result: BenchReport) -> Table:
+    """What each model takes besides time, and how near it comes to what the device can do."""
+    rows = [
+        (
+            *(row.model, f"{row.runtime}, {row.device}, {row.precision}", row.batch),
+            None if row.peak_memory_mib is None else f"{row.peak_memory_mib:.1f}",
+            f"{row.load_time_ms:.0f}",
+            f"{row.file_size_bytes / 2**20:.2f}",
+            f"{row.gflops_per_s:.1f} ({row.compute_fraction:.0%})",
+            f"{row.gbytes_per_s:.1f} ({row.bandwidth_fraction:.0%})",
+        )
+        for row in result.rows
+    ]
+    header = ["model", "where", "batch", "peak MiB", "load ms", "file MiB", "GFLOP/s", "GB/s"]
+    view = grid("", header, rows, left=2)
+    limits = [
+        f"{c['device']}, {c['precision']}: {c['gflops_per_s']:.0f} GFLOP/s, "
+        f"{c['gbytes_per_s']:.1f} GB/s"
+        for c in result.ceilings
+    ]
+    view.caption = "In brackets: of what the device reached, " + "; ".join(limits) + "."
+    return view
+
+
 def cuts_table(blocks: Sequence[Mapping[str, Any]]) -> Table:
     """The local blocks: what trains together, and the tensors that leave each block."""
     rows = [
