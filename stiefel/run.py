@@ -143,16 +143,22 @@ class Road:
             return
         formats, figures = self.recipe.export.formats, {}
         small = factored if factored is not None else dense
+        stages = ("trained", "converted", "dense") if small is not dense else ("dense",)
+        known = next((self.figures[s]["accuracy"] for s in stages if self.figures.get(s)), None)
         if "safetensors" in formats:
-            result = export_safetensors(small, self.folder / "small.safetensors")
+            path = self.folder / "small.safetensors"
+            result = export_safetensors(small, path, accuracy=known)
             figures["safetensors"] = _file_figures(result)
         if "onnx" in formats:
-            onnx = self.recipe.export.onnx
             for key, model in (("onnx_dense", dense), ("onnx", small)):
                 name = "dense.onnx" if model is dense else "small.onnx"
                 with self.console.status(f"export {name}"):
                     result = export_onnx(
-                        model, self.folder / name, example=self._test_images(), settings=onnx
+                        model,
+                        self.folder / name,
+                        inputs=self._test_images(),
+                        settings=self.recipe.export.onnx,
+                        accuracy=known if model is small else self.figures["dense"]["accuracy"],
                     )
                 figures[key] = _file_figures(result)
         self._keep("export", figures)

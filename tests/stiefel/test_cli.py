@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 from converter.checkpoints import load_any, save_dense
 from converter.factors import factored_layers
 from converter.models import load
+from export.safetensors import read_metadata
 from stiefel.cli import main
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -85,11 +86,18 @@ def test_train_export_evaluate_inspect_and_bench_take_on_what_convert_wrote(dens
     assert measured["accuracy"] == history["records"][0]["test_accuracy"]
     assert f"{100 * measured['accuracy']:.2f} %" in result.stdout
 
-    result = stiefel("export", trained, "-o", onnx, "--data", "digits")
+    report = tmp_path / "export.json"
+    result = stiefel("export", trained, "-o", onnx, "--data", "digits", "--json", report)
     assert result.exit_code == 0, result.output
     assert "Largest difference from torch" in result.stdout
-    result = stiefel("export", trained, "-o", tmp_path / "compact.safetensors")
+    # Ten classes of four random images and eight real ones.
+    assert json.loads(report.read_text())["outputs_compared"] == 120
+    compact = tmp_path / "compact.safetensors"
+    result = stiefel("export", trained, "-o", compact, "--precision", "bf16")
     assert result.exit_code == 0, result.output
+    facts = read_metadata(compact)
+    assert float(facts["accuracy"]) == measured["accuracy"]
+    assert facts["precision"] == "bf16"
 
     result = stiefel("inspect", trained, "--plot", tmp_path / "spectra.png")
     assert result.exit_code == 0, result.output
@@ -139,6 +147,8 @@ NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA")
         (1, ("train-local", "DENSE", "--data", "digits", "-o", "OUT"), "factored"),
         (1, ("train-local", "SMALL", "--data", "fake:3x8x8", "-o", "OUT"), "channel"),
         (2, ("export", "SMALL", "-o", "x.tflite"), ".onnx or .safetensors"),
+        (2, ("export", "SMALL", "-o", "OUT", "--opset", "18"), "--opset is for .onnx files"),
+        (1, ("export", "zoo:resnet20x", "-o", "OUT"), "resnet20"),
         (1, ("bench", "TEXT"), "TEXT"),
         (1, ("run", "gone.yaml"), "gone.yaml"),
         pytest.param(
