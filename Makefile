@@ -6,6 +6,8 @@ INSTALLED := $(VENV)/.installed
 # One thread per test worker: more only fight over the same cores.
 TEST_ENV := OMP_NUM_THREADS=1
 
+BENCH_OUT := runs/bench
+
 .PHONY: demo test test-slow lint format bench clean
 .DEFAULT_GOAL := demo
 
@@ -23,6 +25,21 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(TEST_ENV) $(BIN)/python -m pytest -q -n 2 -m 'slow and not gpu' $(TEST_OPTIONS)
+
+# Every study at small scale. With CIFAR=DIR (train/<class>, test/<class>) those that train, and with
+# STIEFEL_DATA=DIR (the published ResNets) those that convert.
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks.training_cost --networks smallconv,vgg13,resnet32 --out $(BENCH_OUT)/training-cost.json
+	$(BIN)/python -m benchmarks.conversion_speed --scale small --out $(BENCH_OUT)/conversion-speed.json
+	$(BIN)/python -m benchmarks.inference --scale small --out $(BENCH_OUT)/inference.json
+ifdef CIFAR
+	$(BIN)/python -m benchmarks.training --scale small --data imagefolder:$(CIFAR) --out $(BENCH_OUT)/training.json
+	$(BIN)/python -m benchmarks.training --study ablation --scale small --seeds 1 --data imagefolder:$(CIFAR) --out $(BENCH_OUT)/ablation.json
+ifdef STIEFEL_DATA
+	$(BIN)/python -m benchmarks.conversion_accuracy --scale small --cifar $(CIFAR) --out $(BENCH_OUT)/conversion-accuracy.json
+	$(BIN)/python -m benchmarks.finetuning --network resnet32 --images 4000 --epochs 1 --cifar $(CIFAR) --out $(BENCH_OUT)/finetuning.json
+endif
+endif
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
