@@ -26,6 +26,13 @@ from export.safetensors import export_safetensors
 EXAMPLE = torch.zeros(1, 6)
 
 
+def no_ceiling(monkeypatch) -> None:
+    """Take the device's limits for known: 100 GFLOP/s, 10 GB/s."""
+    monkeypatch.setattr(
+        module, "ceiling", lambda device, precision: Ceiling(str(device), precision, 100, 10)
+    )
+
+
 class Bench:
     """A runtime on a clock of its own: each model's calls take what `seconds` says."""
 
@@ -56,9 +63,7 @@ class Bench:
         clock.perf_counter_ns = lambda: round(1e9 * self.now)
         monkeypatch.setattr(module, "time", clock)
         monkeypatch.setitem(module.RUNTIMES, "torch", Fake())
-        monkeypatch.setattr(
-            module, "ceiling", lambda device, precision: Ceiling(str(device), precision, 100, 10)
-        )
+        no_ceiling(monkeypatch)
         models = {name: nn.Linear(6, 4) for name in self.seconds}
         options = {"runtimes": ["torch"], "devices": ["cpu"], "batches": [2]} | settings
         return bench(models, BenchSettings(**options), example=EXAMPLE)
@@ -215,7 +220,8 @@ def test_files_of_both_kinds_are_timed_side_by_side(files):
     assert torch.get_num_threads() == threads
 
 
-def test_a_named_model_is_timed_at_its_own_image_size_unless_one_is_named(files):
+def test_a_named_model_is_timed_at_its_own_image_size_unless_one_is_named(files, monkeypatch):
+    no_ceiling(monkeypatch)
     settings = QUICK.model_copy(update={"runtimes": ("torch",), "batches": (1,)})
     report = bench(["zoo:resnet20", "zoo:resnet32"], settings)
     assert report.environment["input_shape"] == [3, 32, 32]

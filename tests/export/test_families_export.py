@@ -34,11 +34,14 @@ HEAVY = {
 }
 
 
-@pytest.mark.parametrize("dense", [True, False], ids=["dense", "factored"])
-@pytest.mark.parametrize(
-    ("name", "size"),
-    [*LIGHT.items(), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in HEAVY.items())],
-)
+CASES = [
+    pytest.param(name, size, dense, marks=() if name in LIGHT and not dense else pytest.mark.slow)
+    for name, size in (LIGHT | HEAVY).items()
+    for dense in (False, True)
+]
+
+
+@pytest.mark.parametrize(("name", "size", "dense"), CASES)
 def test_a_family_exports_and_agrees_at_two_batch_sizes(tmp_path, stir, name, size, dense):
     model = stir(load(f"torchvision:{name}", args={"num_classes": 10}))
     if not dense:

@@ -136,7 +136,7 @@ def test_a_dense_model_goes_through_the_same_exporter_in_fp16(tmp_path, stir):
     assert result.ranks == {}
 
 
-@pytest.mark.parametrize("opset", [20, 23])
+@pytest.mark.parametrize("opset", [20, pytest.param(23, marks=pytest.mark.slow)])
 def test_attention_is_written_without_arithmetic_on_shapes(tmp_path, factor, opset):
     path, model = tmp_path / "attention.onnx", factor(Attending())
     result = export_onnx(model, path, example=EXAMPLE, settings=OnnxSettings(opset=opset))
