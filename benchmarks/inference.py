@@ -30,6 +30,7 @@ from export.bench_report import BenchRatio, BenchRow
 from export.doctor import PROVIDERS, environment, try_provider
 from export.onnx import export_onnx
 from stiefel.plots import draw_bench
+from trainers.device import resolve_device
 
 NETWORKS = {
     "resnet18": "torchvision:resnet18",
@@ -70,7 +71,7 @@ SCALES = {
         networks=tuple(NETWORKS),
         timings={
             "cpu": (
-                {"batches": (1, 8), "rounds": 9, "seconds": 2.0, "warmup": 3},
+                {"batches": (1, 8), "rounds": 7, "seconds": 1.0, "warmup": 2},
                 # A call takes seconds here, so there are few.
                 {"batches": (64,), "rounds": 3, "calls": 1, "warmup": 1},
             ),
@@ -121,7 +122,10 @@ def main(scale: str, networks: str | None, devices: str, out: Path | None) -> No
 def _devices(text: str) -> list[str]:
     if text == "auto":
         return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    return text.split(",")
+    names = text.split(",")
+    if unknown := set(names) - set(RUNTIMES):
+        raise click.BadParameter(f"no device {sorted(unknown)[0]}", param_hint="--devices")
+    return [resolve_device(name).type for name in names]
 
 
 def time_network(name: str, device: str, scale: Scale) -> Row:

@@ -17,6 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from converter.files import atomic_path
 
 DENSE, FACTORED, MUTED = "#5b6770", "#0f7c8a", "#c9d1d6"
+MORE = ("#d1772e", "#8a4f9e", "#3f8f4f", "#b8324f", "#8c7a2b", "#2f4f9e")
 
 
 def draw_training(report: Mapping[str, Any], path: Path) -> Path:
@@ -151,6 +152,8 @@ def draw_bench(rows: Sequence[Any], path: Path) -> Path:
         axis.set_yscale("log")
         axis.set_title(", ".join(place), fontsize=10)
         axis.set_xlabel("batch")
+        batches = sorted({row.batch for row in rows})
+        axis.set_xticks(batches, [str(batch) for batch in batches])
     axes.flat[0].set_ylabel("latency, ms (bar: to the 95th percentile)")
     axes.flat[0].legend(frameon=False)
     return _save(figure, path)
@@ -189,9 +192,8 @@ def _probes(look: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _colours(count: int) -> list[Any]:
-    """The dense colour, the factored colour, and a map's for more models than two."""
-    more = plt.get_cmap("viridis")
-    return [DENSE, FACTORED, *(more(k / max(1, count - 2)) for k in range(count - 2))][:count]
+    """The dense colour, the factored colour, and others for more models than two."""
+    return [DENSE, FACTORED, *(MORE[k % len(MORE)] for k in range(count - 2))][:count]
 
 
 def _rule(report: Mapping[str, Any]) -> str:
