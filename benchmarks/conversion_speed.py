@@ -1,0 +1,188 @@
+"""How long a plain conversion takes, against full SVDs and tensorly-torch in the same run.
+
+Networks are untrained (the time hardly depends on the weights): VGG-16 at a quarter of full rank
+and ResNet-50 at half its parameters, each layer at the rank and scheme that the plan gives it. The
+full SVD is `torch.linalg.svd` of the same matrices. tensorly-torch factors the same layers by
+Tucker, each to the same share of its parameters, otherwise as it does by default. Single matrices
+have singular values that fall as in trained layers; there tensorly's partial SVD, the one that its
+decompositions use, stands beside. What passes `--limit` is stopped, and said to be. Rows already
+in the output file are not measured again. tensorly comes with `pip install -e ".[bench]"`.
+"""
+
+import multiprocessing
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from torch import Tensor, nn
+
+from benchmarks.study import RESULTS, Study, markdown_table
+from converter.convert import convert, plan
+from converter.decompose import decompose
+from converter.files import write_text
+from converter.layers import find_layers, prepared
+from converter.models import load
+
+TARGETS = {"vgg16": 60.0, "resnet50": 30.0}  # seconds on two cores
+NETWORKS = {
+    "full": {"vgg16": "0.25", "resnet50": "params=0.5"},
+    "small": {"resnet18": "params=0.5"},
+}
+MATRICES = {
+    "full": [(4096, 25088, 1024), (4096, 25088, 256), (4096, 11008, 1024), (4096, 11008, 256)],
+    "small": [(1024, 4608, 256), (1024, 4608, 64)],
+}
+METHODS = ("ours", "torch.linalg.svd", "tensorly")
+
+
+@click.command(help=__doc__)
+@click.option("--scale", type=click.Choice(["full", "small"]), default="full", show_default=True)
+@click.option("--threads", default=2, show_default=True, help="of torch")
+@click.option("--repeats", default=3, show_default=True, help="of ours; the least is reported")
+@click.option("--limit", default=900.0, show_default=True, help="seconds for each measurement")
+@click.option("--out", type=click.Path(path_type=Path), help="the JSON file; .md beside it")
+def main(scale: str, threads: int, repeats: int, limit: float, out: Path | None) -> None:
+    torch.set_num_threads(threads)
+    suffix = "" if scale == "full" else f"-{scale}"
+    path = out or RESULTS / f"conversion-speed{suffix}.json"
+    study = Study(path, {"threads": threads, "repeats": repeats, "limit_s": limit, "seed": 0})
+    jobs = [*NETWORKS[scale].items(), *MATRICES[scale]]
+    for job in jobs:
+        for method in METHODS:
+            asked = {"job": _named(job), "method": method}
+            times = repeats if method == "ours" else 1
+            study.measure(asked, lambda j=job, m=method, n=times: _limited(j, m, n, threads, limit))
+    table = _table(study, [_named(job) for job in jobs])
+    write_text(path.with_suffix(".md"), table)
+    click.echo(f"\n{table}")
+
+
+def _named(job: tuple) -> str:
+    if len(job) == 2:
+        return f"{job[0]} at {job[1]}"
+    return f"{job[0]}×{job[1]} to rank {job[2]}"
+
+
+def _limited(job: tuple, method: str, times: int, threads: int, limit: float) -> dict[str, Any]:
+    """Run a measurement in a process of its own, which can be stopped."""
+    context = multiprocessing.get_context("spawn")
+    answers = context.Queue()
+    worker = context.Process(target=_work, args=(answers, job, method, times, threads))
+    worker.start()
+    start = time.monotonic()
+    while answers.empty() and worker.is_alive() and time.monotonic() - start < limit:
+        worker.join(0.1)
+    worker.join(1)
+    found = answers.get() if not answers.empty() else {"failed": f"stopped after {limit:.0f} s"}
+    worker.kill()
+    return found
+
+
+def _work(answers: Any, job: tuple, method: str, times: int, threads: int) -> None:
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    try:
+        measured = (_network if len(job) == 2 else _matrix)(job, method)
+        seconds, error = min((_timed(*measured) for _ in range(times)), key=lambda pair: pair[0])
+        answers.put({"took_s": seconds, "relative_error": error})
+    except ImportError as error:
+        answers.put({"failed": f"{error.name} is not installed"})
+
+
+def _timed(run: Callable[[], Any], check: Callable[[Any], float | None]) -> tuple[float, Any]:
+    start = time.perf_counter()
+    result = run()
+    return time.perf_counter() - start, check(result)
+
+
+def _network(job: tuple, method: str) -> tuple[Callable, Callable]:
+    """What to time, and the error of a result: none for a whole network."""
+    name, policy = job
+    model = load(f"torchvision:{name}")
+    if method == "ours":
+        return lambda: convert(model, plan(model, policy)), lambda _: None
+    made = plan(model, policy)
+    layers = {layer.name: layer for layer in find_layers(prepared(model, share=True))}
+    chosen = [(layers[entry.name], entry) for entry in made.factored]
+    if method == "tensorly":
+        factor = _tucker()
+        return lambda: [factor(layer.module, entry) for layer, entry in chosen], lambda _: None
+    matrices = [layer.matrix(entry.scheme) for layer, entry in chosen]
+    return lambda: [torch.linalg.svd(W, full_matrices=False).S[0] for W in matrices], lambda _: None
+
+
+def _tucker() -> Callable[[nn.Module, Any], nn.Module]:
+    import tensorly
+    from tltorch import FactorizedConv, FactorizedLinear
+
+    tensorly.set_backend("pytorch")
+
+    def factor(module: nn.Module, entry: Any) -> nn.Module:
+        share = (entry.factored_parameters - entry.bias_parameters) / module.weight.numel()
+        if isinstance(module, nn.Conv2d):
+            return FactorizedConv.from_conv(module, rank=share, factorization="tucker")
+        return FactorizedLinear.from_linear(
+            module,
+            rank=share,
+            factorization="tucker",
+            auto_tensorize=False,
+            in_tensorized_features=(module.in_features,),
+            out_tensorized_features=(module.out_features,),
+        )
+
+    return factor
+
+
+def _matrix(job: tuple, method: str) -> tuple[Callable, Callable]:
+    rows, columns, rank = job
+    W = torch.randn(rows, columns) * torch.arange(1, columns + 1) ** -0.5
+    norm = W.norm()
+
+    def error(factors: tuple[Tensor, Tensor, Tensor]) -> float:
+        U, S, Vh = (factors[0][:, :rank], factors[1][:rank], factors[2][:rank])
+        return float((W - (U * S) @ Vh).norm() / norm)
+
+    if method == "ours":
+
+        def ours() -> tuple[Tensor, Tensor, Tensor]:
+            U, S, V = decompose(W, rank)
+            return U, S, V.mT
+
+        return ours, error
+    if method == "tensorly":
+        import tensorly
+        from tensorly.tenalg import svd_interface
+
+        tensorly.set_backend("pytorch")
+        return lambda: svd_interface(W, n_eigenvecs=rank), error
+    return lambda: torch.linalg.svd(W, full_matrices=False), error
+
+
+def _table(study: Study, jobs: list[str]) -> str:
+    head = ["job", "ours", "torch.linalg.svd", "tensorly", "error, ours over best", "asked"]
+    lines = []
+    for job in jobs:
+        rows = {row["method"]: row for row in study.find(job=job)}
+        own, best = rows["ours"], rows["torch.linalg.svd"]
+        cells = [job, f"{own['took_s']:.2f} s"]
+        for method in METHODS[1:]:
+            took = rows[method].get("took_s")
+            ratio = "" if took is None else f"{took:.2f} s, {took / own['took_s']:.1f}×"
+            cells.append(ratio or rows[method]["failed"])
+        errors = own.get("relative_error"), best.get("relative_error")
+        cells.append(f"{errors[0] / errors[1] - 1:+.2%}" if all(errors) else "–")
+        target = TARGETS.get(job.split()[0])
+        cells.append("–" if target is None else f"under {target:.0f} s")
+        lines.append(cells)
+    return (
+        "# Speed of conversion\n\n"
+        f"CPU, {study.about['threads']} threads; ×: how many times as long as ours.\n\n"
+        + markdown_table(head, lines)
+    )
+
+
+if __name__ == "__main__":
+    main()
