@@ -33,7 +33,14 @@ from stiefel.inputs import (
     seed_option,
     write_json,
 )
-from stiefel.materials import build, calibration_images, example_of, make_plan, open_data
+from stiefel.materials import (
+    build,
+    calibration_images,
+    example_of,
+    load_teacher,
+    make_plan,
+    open_data,
+)
 from stiefel.options import collect, given, settings_options
 from stiefel.plots import draw_bench, draw_diagnostics, draw_spectra
 from stiefel.recipe import (
@@ -155,7 +162,7 @@ def convert(**values: Any) -> None:
 @click.argument("path", type=FILE)
 @data_options
 @click.option("--rule", type=click.Choice([*RULES]), default="ssa", show_default=True)
-@click.option("--teacher", type=FILE, help="the dense original's checkpoint, for distillation")
+@click.option("--teacher", type=FILE, help="checkpoint of the dense original, for distillation")
 @settings_options(TrainSettings, SSA, DFA, BP)
 @click.option("--resume", is_flag=True, help="go on with an interrupted training in --out")
 @click.option("--out", type=FILE, help="folder for log and checkpoints  [default: OUTPUT's stem]")
@@ -169,7 +176,7 @@ def train_command(path: Path, rule: str, **values: Any) -> None:
     settings = collect(TrainSettings, values)
     chosen = collect(RULES[rule], values)
     data = open_data(data_section(values), model, seed=settings.seed)
-    teacher = load_any(values["teacher"]) if values["teacher"] else None
+    teacher = values["teacher"] and load_teacher(values["teacher"], model, console.note)
     output = values["output"]
     out = values["out"] or output.with_suffix(".run")
     with console.training("train") as progress:

@@ -1,6 +1,7 @@
 """What a recipe or a command line names, made real: the model, the data, the plan."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -70,6 +71,18 @@ def require_spec(model: nn.Module) -> ModelSpec:
     if spec is None:
         raise StiefelError("this model carries no specification; make it with stiefel.load")
     return spec
+
+
+def load_teacher(
+    path: Path, model: nn.Module, note: Callable[[str], None] | None = None
+) -> nn.Module:
+    """The dense original of a factored model, from any checkpoint of its weights.
+
+    Raises:
+        StiefelError: the file can't be read, or holds another model's weights.
+    """
+    spec = require_spec(model)
+    return load_any(path, model=spec.name, args=spec.args, input=spec.input, note=note)
 
 
 def example_of(model: nn.Module, batch: int = 1) -> torch.Tensor:

@@ -37,6 +37,7 @@ def road(checkpoint, cifar_folder, tmp_path_factory) -> tuple[Path, dict]:
         "model.checkpoint": checkpoint,
         "device": "cpu",
         "convert.calibrate_images": 100,
+        "convert.calibration.refine_steps": 20,
         "train.batch_size": 50,
         "train.lr": 0.0005,
         "bench.batches": "[1]",
@@ -81,3 +82,13 @@ def test_half_the_network_reloads_exports_and_is_timed(road):
     assert report["export"]["onnx"]["max_abs_error"] < 1e-2
     assert {row["model"] for row in report["bench"]} == {"dense", "factored"}
     assert all(row["latency_ms_p50"] > 0 for row in report["bench"])
+
+
+def test_the_published_file_itself_is_a_teacher(road, checkpoint, cifar_folder, tmp_path):
+    folder, _ = road
+    small, output = folder / "converted.safetensors", tmp_path / "trained.safetensors"
+    source = ("--data", f"imagefolder:{cifar_folder}", "--limit-train", 32, "--limit-test", 10)
+    limits = ("--epochs", 1, "--batch-size", 16, "--lr", 1e-4, "--device", "cpu")
+    command("train-local", small, "--teacher", checkpoint, *source, *limits, "-o", output)
+    before, after = load_any(small), load_any(output)
+    assert not torch.equal(before.layer1[0].conv1.U, after.layer1[0].conv1.U)
