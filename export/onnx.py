@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import io
-import json
 import logging
 import re
 import warnings
@@ -22,6 +21,7 @@ from converter.settings import Settings
 from converter.specs import spec_of
 from export import parity
 from export.compact import Compaction, compaction, reads_size
+from export.naming import tidy
 from export.result import ExportResult
 from export.staging import companion, staged
 
@@ -128,7 +128,7 @@ def _attempt(
 ) -> ExportResult:
     tell("export", 1, 3)
     program, axes = _to_onnx(small.model, example, settings)
-    _tidy(program.model, small.model, axes)
+    tidy(program.model, small.model, axes)
     _describe(program.model, reference, small, settings, accuracy)
     _save(program.model, path)
     tell("compare with torch", 2, 3)
@@ -291,60 +291,6 @@ def _quiet():
             yield
         finally:
             logging.disable(level)
-
-
-def _tidy(graph_model: Any, model: nn.Module, axes: dict[int, str]) -> None:
-    """Name nodes and weights after layers, axes after their meaning; drop build-machine traces."""
-    graph = graph_model.graph
-    symbols = {str(graph.inputs[0].shape[axis]): name for axis, name in axes.items()}
-    taken = dict.fromkeys(graph.initializers, 0)
-    for node in graph:
-        scopes = json.loads(
-            node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]").replace("'", '"')
-        )
-        layer = scopes[-2] if len(scopes) > 1 else ""
-        if layer.startswith("_empty"):
-            layer = ""
-        _name_weights(graph, node, layer, model)
-        base = f"{layer}/{node.op_type}" if layer else node.op_type
-        taken[base] = count = taken.get(base, -1) + 1
-        node.name = f"{base}_{count}" if count else base
-        node.metadata_props.clear()
-        for value in node.outputs:
-            value.metadata_props.clear()
-            _name_axes(value, symbols)
-    for value in (*graph.inputs, *graph.outputs):
-        value.metadata_props.clear()
-        _name_axes(value, symbols)
-
-
-def _name_weights(graph: Any, node: Any, layer: str, model: nn.Module) -> None:
-    """A weight that the exporter transposed lost its name; give it its layer's."""
-    wanted = f"{layer}.weight"
-    if not layer or wanted in graph.initializers or node.op_type != "MatMul":
-        return
-    try:
-        weight = model.get_submodule(layer).weight
-    except AttributeError:
-        return
-    value = node.inputs[1]
-    if (
-        isinstance(weight, Tensor)
-        and value.is_initializer()
-        and value.name.startswith("val_")
-        and tuple(value.shape.numpy()) == tuple(weight.mT.shape)
-    ):
-        value.name = wanted
-
-
-def _name_axes(value: Any, symbols: dict[str, str]) -> None:
-    if value.shape is None:
-        return
-    for axis, size in enumerate(value.shape):
-        text = str(getattr(size, "value", size))
-        named = re.sub(r"\bs\d+\b", lambda found: symbols.get(found[0], found[0]), text)
-        if named != text:
-            value.shape[axis] = named
 
 
 def _describe(

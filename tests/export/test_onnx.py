@@ -165,14 +165,14 @@ def test_large_weights_lie_outside_and_go_with_their_model(tmp_path, monkeypatch
 
 def corrupted(monkeypatch, name: str) -> None:
     """Let the exporter lose a weight's sign."""
-    tidy = exporter._tidy
+    tidy = exporter.tidy
 
     def spoil(graph_model, *others):
         tidy(graph_model, *others)
         weight = graph_model.graph.initializers[name]
         weight.const_value = onnx_ir.tensor(-weight.const_value.numpy(), name=name)
 
-    monkeypatch.setattr(exporter, "_tidy", spoil)
+    monkeypatch.setattr(exporter, "tidy", spoil)
 
 
 @pytest.mark.parametrize("zero_head", [False, True])
