@@ -76,7 +76,12 @@ def _limited(job: tuple, method: str, times: int, threads: int, limit: float) ->
     while answers.empty() and worker.is_alive() and time.monotonic() - start < limit:
         worker.join(0.1)
     worker.join(1)
-    found = answers.get() if not answers.empty() else {"failed": f"stopped after {limit:.0f} s"}
+    if not answers.empty():
+        found = answers.get()
+    elif worker.is_alive():
+        found = {"failed": f"stopped after {limit:.0f} s"}
+    else:
+        found = {"failed": f"ended with status {worker.exitcode}"}
     worker.kill()
     return found
 
@@ -167,6 +172,9 @@ def _table(study: Study, jobs: list[str]) -> str:
     for job in jobs:
         rows = {row["method"]: row for row in study.find(job=job)}
         own, best = rows["ours"], rows["torch.linalg.svd"]
+        if "failed" in own:
+            lines.append([job, own["failed"], *["–"] * (len(head) - 2)])
+            continue
         cells = [job, f"{own['took_s']:.2f} s"]
         for method in METHODS[1:]:
             took = rows[method].get("took_s")

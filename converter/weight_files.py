@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import difflib
 import json
 import pickle
 import re
@@ -16,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from converter.errors import StiefelError, did_you_mean
+from converter.errors import StiefelError
 
 # What training scripts save beside the weights and what can do no harm when rebuilt.
 _HARMLESS = [
@@ -93,8 +94,12 @@ def require_file(path: Path) -> None:
     """Raise StiefelError if there is no such file, naming the nearest beside it."""
     if path.is_file():
         return
-    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    raise StiefelError(f"there is no file {path}{did_you_mean(path.name, siblings)}")
+    siblings = path.parent.iterdir() if path.parent.is_dir() else ()
+    # By what comes before the ending, which many unrelated files share.
+    names = {p.stem: p.name for p in siblings if p.suffix in (path.suffix, ".safetensors", ".pth")}
+    near = difflib.get_close_matches(path.stem, names, n=1, cutoff=0.7)
+    hint = f"; did you mean {names[near[0]]}?" if near else ""
+    raise StiefelError(f"there is no file {path}{hint}")
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
