@@ -222,12 +222,13 @@ def _draw(study: Study, path: Path) -> None:
     for axis, network in zip(axes[0], networks, strict=True):
         for step in STEPS:
             lost = {f: found for f in TARGETS if (found := _lost(study, network, step, f))}
-            means = [max(statistics.fmean(found), 0.05) for found in lost.values()]
+            means = [statistics.fmean(found) for found in lost.values()]
             spread = [statistics.stdev(f) if len(f) > 1 else 0.0 for f in lost.values()]
             if lost:
                 axis.errorbar(list(lost), means, yerr=spread, marker="o", label=step)
         axis.plot(list(TARGETS), list(TARGETS.values()), "k_", markersize=12, label="aim")
-        axis.set(title=network, xlabel="convolution parameters kept", yscale="log")
+        axis.set(title=network, xlabel="convolution parameters kept")
+        axis.set_yscale("symlog", linthresh=5)  # a loss may be below 0
         axis.set_xticks(list(TARGETS), [f"{f:.0%}" for f in TARGETS])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
