@@ -76,7 +76,8 @@ def test_randomised_is_as_good_as_exact(shape, power):
     W = decaying(*shape, power, torch.float32)
     exact, found = d.truncated(W, 20), d.randomised(W, 20)
     lost = (W - exact.matrix()).norm()
-    assert (W - found.matrix()).norm() < 1.002 * lost
+    # Of a spectrum that falls fast so little is left that float32's rounding shows in it.
+    assert (W - found.matrix()).norm() < 1.005 * lost
     assert orthonormal(found.U) < 1e-5
     assert orthonormal(found.V) < 1e-5
     assert torch.equal(d.randomised(W, 20).U, found.U), "the same weight gives the same factors"

@@ -9,6 +9,14 @@ import pytest
 from trainers.interrupt import interruptible
 
 
+@pytest.fixture(autouse=True)
+def _interrupted_as_in_a_terminal():
+    # A process started in the background ignores SIGINT from the start.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_only_asks(number):
     before = signal.getsignal(number)
