@@ -12,11 +12,9 @@ from itertools import product
 from pathlib import Path
 
 import click
-import torch
 from torch import nn
-from torch.utils.data import Subset
 
-from benchmarks.study import RESULTS, Study, markdown_table, mean_sd, real_data
+from benchmarks.study import RESULTS, Study, held_back, markdown_table, mean_sd, real_data
 from converter.convert import convert, plan
 from converter.files import write_text
 from converter.models import load
@@ -87,9 +85,8 @@ def _data(dense: nn.Module, folder: str, count: int, select: bool) -> Data:
     options = {"input": spec_of(dense).input, "limit_train": count + HELD_BACK, "seed": 1}
     data = load_data(f"imagefolder:{folder}", **options)
     plain = load_data(f"imagefolder:{folder}", augment=False, **options)
-    order = torch.randperm(count + HELD_BACK, generator=torch.Generator().manual_seed(0)).tolist()
-    test = Subset(plain.train, order[count:]) if select else data.test
-    return replace(data, train=Subset(data.train, order[:count]), test=test)
+    split = held_back(data, plain, count)
+    return split if select else replace(split, test=data.test)
 
 
 def _converted(dense: nn.Module, fraction: float, data: Data) -> nn.Module:

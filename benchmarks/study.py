@@ -6,12 +6,17 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch.utils.data import Subset
 
 from converter.errors import StiefelError
 from converter.files import write_text
 from export.doctor import environment
+from trainers.data import Data
 
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
@@ -85,6 +90,13 @@ def markdown_table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     """A Markdown table; the first column to the left, the others to the right."""
     rule = ["---", *("---:" for _ in head[1:])]
     return "".join(f"| {' | '.join(line)} |\n" for line in (head, rule, *lines))
+
+
+def held_back(data: Data, plain: Data, count: int) -> Data:
+    """`count` training images of `data`; tested on the rest, not augmented, from `plain`."""
+    order = torch.randperm(len(plain.train), generator=torch.Generator().manual_seed(0)).tolist()
+    train, test = Subset(data.train, order[:count]), Subset(plain.train, order[count:])
+    return replace(data, train=train, test=test)
 
 
 def real_data(data: str | None) -> Path:

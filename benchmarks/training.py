@@ -5,7 +5,7 @@ are those that `--select` found best on training images held back.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,8 @@ from typing import Any
 import click
 import torch
 from torch import nn
-from torch.utils.data import Subset
 
-from benchmarks.study import RESULTS, Study, markdown_table, mean_sd
+from benchmarks.study import RESULTS, Study, held_back, markdown_table, mean_sd
 from converter.convert import convert, plan
 from converter.cost import count_parameters
 from converter.factors import factored_layers
@@ -169,9 +168,7 @@ def _data(source: str, model: nn.Module, size: Scale, select: bool) -> Data:
     count = size.images or 45_000
     options["limit_train"] = count + (size.test_images or 5000)
     data = load_data(source, **options)
-    plain = load_data(source, augment=False, **options).train
-    order = torch.randperm(len(plain), generator=torch.Generator().manual_seed(0)).tolist()
-    return replace(data, train=Subset(data.train, order[:count]), test=Subset(plain, order[count:]))
+    return held_back(data, load_data(source, augment=False, **options), count)
 
 
 def _table(study: Study) -> str:
