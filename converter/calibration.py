@@ -11,26 +11,20 @@ has on the same images. *Refinement* (`converter.refinement`) then descends on t
 between the features of both networks.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from converter import sampling
-from converter.cost import inference
 from converter.errors import StiefelError
-from converter.layers import Layer
 from converter.settings import Settings
 
 Progress = Callable[[str, int, int], None]
-Moments = Mapping[tuple[str, str | None], Tensor]
 
-# Above this width a second moment would take gigabytes: such layers are cut by their weight alone.
-WIDEST = 8192
+WIDEST = 8192  # above this width a matrix of second moments would take gigabytes
+BATCH, PIXELS = 64, 2**20  # images, and pixels of theirs, that run at once
 _HALF = {torch.float16, torch.bfloat16}
-BATCH = 64  # images that run at once
 
 
 class Calibration(Settings):
@@ -71,80 +65,24 @@ class Calibration(Settings):
     )
 
 
-def second_moments(
-    model: nn.Module,
-    images: Tensor,
-    layers: Iterable[Layer],
-    settings: Calibration,
-    device: torch.device,
-    progress: Progress | None = None,
-) -> Moments:
-    """E[x xᵀ] of each layer's inputs as its scheme's matrix sees them, by (name, scheme).
-
-    Uncentred, summed in float64, image batch by image batch: what is held is one n×n matrix a layer
-    and scheme. Grouped convolutions, layers wider than `WIDEST` and layers that the model never
-    calls (it may read their weight instead) have none.
-
-    Args:
-        model: a prepared model; it is only run.
-        images: (N, C, H, W) float32, normalised.
-        layers: of that model.
-        settings: how many positions to sample.
-        device: where to run; the model must lie there.
-        progress: called with ("calibrate", images done, images).
-    """
-    check_images(images)
-    sums: dict[tuple[str, str | None], Tensor] = {}
-    counts: dict[tuple[str, str | None], int] = {}
-
-    def register(layer: Layer):
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            at = sampling.positions(
-                layer.name, now.size, sampling.places(module, output, now.size), settings.positions
-            )
-            rows = sampling.input_rows(module, inputs[0], tuple(output.shape[2:]), at)
-            for scheme in layer.schemes:
-                seen = sampling.column_rows(rows, scheme, sampling.last_tap(module))
-                if seen.shape[1] <= WIDEST:
-                    key = (layer.name, scheme)
-                    sums[key] = sums.get(key, 0) + (seen.mT @ seen).double()
-                    counts[key] = counts.get(key, 0) + len(seen)
-
-        return layer.module.register_forward_hook(hook)
-
-    now = _Batch()
-    handles = [
-        register(layer)
-        for layer in layers
-        if layer.refusal is None and sampling.can_sample(layer.module)
-    ]
-    try:
-        with inference(model):
-            for start in range(0, len(images), BATCH):
-                if progress:
-                    progress("calibrate", start, len(images))
-                batch = fit_to(images[start : start + BATCH], model, device)
-                now.size = len(batch)
-                model(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {key: (total / counts[key]).cpu() for key, total in sums.items()}
+def batch_size(images: Tensor) -> int:
+    """How many of the images (N, C, H, W) run at once: fewer of large ones."""
+    return max(1, min(BATCH, PIXELS // images[0, :1].numel()))
 
 
 def match_batch_norm(
-    module: nn.Module, dense: nn.Module, x: Tensor, mean: Tensor, variance: Tensor
+    module: nn.Module, dense: nn.Module, sums: Tensor, mean: Tensor, variance: Tensor
 ) -> None:
     """Make batch norm map its input to the mean and variance of the dense one's output; in place.
 
     Args:
-        module: the factored network's batch norm; its running statistics become those of x.
+        module: the factored network's batch norm; its running statistics become its input's.
         dense: the dense network's.
-        x: (N, C, ...) the input of `module`.
+        sums: (3, C), the `channel_sums` of the input of `module`.
         mean: (C,) that the dense one's input should have on the same images.
         variance: (C,) likewise, biased.
     """
-    own_mean, own_variance = channel_moments(channel_sums(x))
+    own_mean, own_variance = channel_moments(sums)
     gain = batch_norm_gain(dense)
     # A channel that is dead in the factored network can't be brought back by scaling.
     spread = ((variance + module.eps) / (own_variance + module.eps)).sqrt()
@@ -176,11 +114,6 @@ def channel_moments(sums: Tensor) -> tuple[Tensor, Tensor]:
     count, total, squares = sums
     mean = total / count
     return mean, (squares / count - mean.square()).clamp(min=0)
-
-
-@dataclass
-class _Batch:
-    size: int = 0
 
 
 def widen(model: nn.Module) -> dict[str, torch.dtype]:

@@ -51,10 +51,8 @@ def convert(
     found = {layer.name: layer for layer in find_layers(ready)}
     check_plan(plan, found)
     settings, device = settings or Calibration(), torch.device(device)
-    moments = {}
-    if not plan._spectra:
-        planned = [found[entry.name] for entry in plan.factored]
-        moments = calibrated(ready, calibration, planned, settings, device, progress)
+    planned = [found[entry.name] for entry in plan.factored]
+    moments = calibrated(ready, calibration, planned, settings, device, progress)
     new: dict[str, nn.Module] = {}
     for done, entry in enumerate(plan.factored):
         if progress:

@@ -175,12 +175,19 @@ def spectrum(
     rank: int | None = None,
     second_moment: Tensor | None = None,
     generator: torch.Generator | None = None,
+    *,
+    output_moment: Tensor | None = None,
 ) -> Spectrum:
-    """The spectrum of W: whole, or when `rank` is given perhaps only that many directions."""
+    """The spectrum of W: whole, or when `rank` is given perhaps only that many directions.
+
+    Whitened where C (n, n) is given as `second_moment`, or W C Wᵀ (m, m) as `output_moment`.
+    """
     full = min(W.shape[-2:])
     _check(W, full if rank is None else rank)
     origin, W = fingerprint(W), W.to(_working(W.dtype))
-    if isinstance(W, Factors):
+    if output_moment is not None:
+        found = output_spectrum(output_moment, W.dtype)
+    elif isinstance(W, Factors):
         found = _inner_spectrum(W, second_moment)
     elif second_moment is not None:
         found = _whitened_spectrum(W, second_moment)

@@ -7,7 +7,7 @@ is, and its layers are then fitted one by one, by their own outputs only.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -47,15 +47,6 @@ class Flow:
     residuals: Mapping[str, Residual] = field(default_factory=dict)
     normed: frozenset[str] = frozenset()
 
-    def run(
-        self, model: nn.Module, images: Tensor, taps: Mapping[str, Callable[[Tensor], None]]
-    ) -> None:
-        """Run a model of this graph, dense or factored; `taps` are called with nodes' values."""
-        if self.graph is None:
-            model(images)
-        else:
-            _Tapped(model, self.graph, taps).run(images)
-
 
 def trace(model: nn.Module, layers: Iterable[str], example: Tensor) -> Flow:
     """The flow of a model, or an empty one where it can't be traced faithfully.
@@ -68,23 +59,12 @@ def trace(model: nn.Module, layers: Iterable[str], example: Tensor) -> Flow:
     with inference(model):
         try:
             flow = _read(model, set(layers))
-            want, got = model(example[:2]), _Tapped(model, flow.graph, {}).run(example[:2])
+            want = model(example[:2])
+            got = fx.Interpreter(model, graph=flow.graph).run(example[:2])
             torch.testing.assert_close(got, want)
         except Exception:  # whatever a model's own code raises when it is traced
             return Flow()
     return flow
-
-
-class _Tapped(fx.Interpreter):
-    def __init__(self, model: nn.Module, graph: fx.Graph, taps: Mapping[str, Callable]):
-        super().__init__(model, graph=graph)
-        self.taps = taps
-
-    def run_node(self, node: fx.Node):
-        value = super().run_node(node)
-        if node.name in self.taps:
-            self.taps[node.name](value)
-        return value
 
 
 def _read(model: nn.Module, layers: set[str]) -> Flow:

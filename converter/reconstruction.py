@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from converter import sampling, schemes
 from converter.calibration import (
-    BATCH,
     WIDEST,
     Calibration,
     Progress,
@@ -24,7 +21,8 @@ from converter.calibration import (
 from converter.cost import inference
 from converter.decompose import decompose
 from converter.factors import Factored
-from converter.flow import BatchNorm, Flow, trace
+from converter.flow import BatchNorm, Flow, Residual, trace
+from converter.lockstep import Meeting, Station, stations
 from converter.ranks import LayerPlan, RankPlan
 
 _ROWS = 8192  # sampled rows that are taken to float64 at once
@@ -41,9 +39,9 @@ def reconstruct(
 ) -> None:
     """Fit the layers and batch norms of `small` to what `dense` does on the images.
 
-    In one pass through each network: as the images reach a layer of `small`, all before it is
-    final, so the layer is solved for there and then, and the pass goes on with the result. That
-    holds the activations of all images at one layer, besides P sampled output rows for each layer.
+    Both networks run side by side (`converter.lockstep`, in bounded memory): when the images reach
+    a layer of `small`, all before it is final, so the layer is solved for there and then, and the
+    run goes on with the result.
 
     Args:
         dense: the prepared dense model.
@@ -56,60 +54,123 @@ def reconstruct(
     check_images(images)
     entries = _solvable(dense, plan) if settings.sequential else {}
     norms = _batch_norms(dense) if settings.match_batch_norm else []
-    flow = trace(dense, entries, images)
-    seen = _watch(dense, flow, list(entries), norms, images, settings)
-    shortcuts: dict[str, Tensor] = {}
+    if not entries and not norms:
+        return
+    work = _Work(dense, small, trace(dense, entries, images), settings, len(images))
     done = 0
+    with inference(dense), inference(small):
+        for station in stations(dense, small, work.flow.graph, [*entries, *norms], images):
+            if station.name in entries:
+                if progress:
+                    progress(station.name, done, len(entries))
+                work.solve(station, entries[station.name])
+                done += 1
+            else:
+                work.match(station)
 
-    def solve(name: str) -> Callable:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            nonlocal done
-            if progress:
-                progress(name, done, len(entries))
-            done += 1
-            target = seen.rows.get(name)
-            if target is None or target.calls > 1:
-                return
-            layer = dense.get_submodule(name)
-            x = sampling.input_rows(module, inputs[0], target.size, target.at)
-            y = target.rows()
-            residual = flow.residuals.get(name)
-            if residual is not None and target.shortcut and residual.shortcut in shortcuts:
-                lost = target.lost(module, shortcuts.pop(residual.shortcut))
-                gain = 1.0 if residual.norm is None else _gain(dense.get_submodule(residual.norm))
-                y = seen.correct(name, residual.norm, y, settings.residual * lost / gain)
-            centred = layer.bias is not None or (name in flow.normed and settings.match_batch_norm)
-            refit(module, layer, entries[name], x, y, settings.ridge, centred)
 
-        return hook
+@dataclass
+class _Work:
+    """What is known while the networks run."""
 
-    def match(name: str) -> Callable:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if name in seen.moments:
-                match_batch_norm(module, dense.get_submodule(name), inputs[0], *seen.moments[name])
+    dense: nn.Module
+    small: nn.Module
+    flow: Flow
+    settings: Calibration
+    images: int
+    # How the moments that a batch norm is to have differ from the dense one's: by its name.
+    moved: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
-        return hook
+    def solve(self, station: Station, entry: LayerPlan) -> None:
+        """Regress the layer on what it is given, and put the result in place."""
+        name, settings = station.name, self.settings
+        layer, module = self.dense.get_submodule(name), self.small.get_submodule(name)
+        residual, at = self.flow.residuals.get(name), None
+        sums, before, after = Regression(), 0, 0
+        for meeting in station.meetings():
+            y = meeting.output
+            if at is None:
+                # Where few of the images have come yet, more is to be seen of each.
+                places = sampling.places(layer, y, len(meeting.given))
+                wanted = -(-settings.positions * self.images // station.images)
+                at = sampling.positions(name, station.images, places, wanted)
+            here = at[meeting.start : meeting.start + len(meeting.given)]
+            size = () if sampling.is_linear(layer) else tuple(y.shape[2:])
+            rows = sampling.output_rows(layer, y, here)
+            change = self._lost(meeting, residual, layer, here)
+            if change is not None:
+                before = before + channel_sums(rows)
+                rows = rows + change
+                after = after + channel_sums(rows)
+            sums.add(sampling.input_rows(module, meeting.given, size, here), rows)
+        if residual is not None and residual.norm is not None and torch.is_tensor(before):
+            self._move(residual.norm, before, after)
+        centred = layer.bias is not None or (name in self.flow.normed and settings.match_batch_norm)
+        refit(module, layer, entry, sums, settings.ridge, centred)
 
-    handles = [
-        small.get_submodule(name).register_forward_pre_hook(make(name))
-        for make, names in ((solve, entries), (match, norms))
-        for name in names
-    ]
-    keep = {r.shortcut: partial(shortcuts.__setitem__, r.shortcut) for r in flow.residuals.values()}
-    try:
-        with inference(small):
-            flow.run(small, images, keep)
-    finally:
-        for handle in handles:
-            handle.remove()
+    def match(self, station: Station) -> None:
+        """Give the batch norm the moments of the dense one."""
+        norm = self.dense.get_submodule(station.name)
+        theirs, mine = 0, 0
+        for meeting in station.meetings():
+            theirs = theirs + channel_sums(meeting.input)
+            mine = mine + channel_sums(meeting.given)
+        mean, variance = channel_moments(theirs)
+        if station.name in self.moved:
+            shift, ratio = self.moved[station.name]
+            mean, variance = mean + shift, variance * ratio
+        match_batch_norm(self.small.get_submodule(station.name), norm, mine, mean, variance)
+
+    def _lost(
+        self, meeting: Meeting, residual: Residual | None, layer: nn.Module, at: Tensor
+    ) -> Tensor | None:
+        """What the branch's last layer is to make up for of what its shortcut lacks, as rows."""
+        if residual is None:
+            return None
+        whole, left = meeting.dense[residual.shortcut], meeting.small[residual.shortcut]
+        if whole.shape != meeting.output.shape:
+            return None
+        norm = residual.norm
+        gain = 1.0 if norm is None else _gain(self.dense.get_submodule(norm))
+        lost = sampling.output_rows(layer, whole, at) - sampling.output_rows(layer, left, at)
+        return self.settings.residual * lost / gain
+
+    def _move(self, norm: str, before: Tensor, after: Tensor) -> None:
+        """The batch norm's moments are to change as those of the rows before it were made to."""
+        (old_mean, old_variance), (new_mean, new_variance) = map(channel_moments, (before, after))
+        ratio = new_variance / old_variance.clamp(min=torch.finfo(torch.float32).tiny)
+        self.moved[norm] = new_mean - old_mean, ratio
+
+
+class Regression:
+    """Sums over rows x (R, n) and y (R, m) that a regression of y on x needs, in float64."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.x = self.y = self.xx = self.yx = 0.0
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Add rows that belong together."""
+        self.rows += len(x)
+        for some, given in zip(x.split(_ROWS), y.split(_ROWS), strict=True):
+            some, given = some.double(), given.double()
+            self.x, self.y = self.x + some.sum(0), self.y + given.sum(0)
+            self.xx, self.yx = self.xx + some.mT @ some, self.yx + given.mT @ some
+
+    def moments(self, *, centred: bool) -> tuple[Tensor, Tensor]:
+        """E[x xᵀ] (n, n) and E[y xᵀ] (m, n), about the means if `centred`."""
+        xx, yx = self.xx / self.rows, self.yx / self.rows
+        if centred:
+            mean = self.x / self.rows
+            xx, yx = xx - mean.outer(mean), yx - (self.y / self.rows).outer(mean)
+        return xx, yx
 
 
 def refit(
     module: nn.Module,
     layer: nn.Module,
     entry: LayerPlan,
-    x: Tensor,
-    y: Tensor,
+    sums: Regression,
     ridge: float,
     centred: bool,
 ) -> None:
@@ -120,15 +181,9 @@ def refit(
     the bias takes up if there is one.
     """
     weight = layer.weight.double().flatten(1)
-    x_mean = x.mean(0, dtype=torch.float64) if centred else x.new_zeros((), dtype=torch.float64)
-    y_mean = y.mean(0, dtype=torch.float64) if centred else x_mean
-    moment = cross = 0
-    for some, given in zip(x.split(_ROWS), y.split(_ROWS), strict=True):
-        some = some.double() - x_mean
-        moment = moment + some.mT @ some / len(x)
-        cross = cross + (given.double() - y_mean).mT @ some / len(x)
+    moment, cross = sums.moments(centred=centred)
     # Few rows for many unknowns say less than the dense weight does.
-    ridge = max(ridge, 0.1 * x.shape[1] / len(x))
+    ridge = max(ridge, 0.1 * len(moment) / sums.rows)
     rho = ridge * moment.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
     system = moment + rho * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
     solution = torch.linalg.solve(system, (cross + rho * weight).mT).mT
@@ -145,98 +200,7 @@ def refit(
     else:
         module.weight.copy_(solution.reshape(module.weight.shape))
     if layer.bias is not None:
-        module.bias.copy_(y_mean - solution @ x_mean)
-
-
-@dataclass
-class _Target:
-    """What a dense layer gave: sampled rows, those of its shortcut, the shape of its output."""
-
-    at: Tensor
-    size: tuple[int, ...]
-    parts: list[Tensor] = field(default_factory=list)
-    shortcut: list[Tensor] = field(default_factory=list)
-    calls: int = 0
-
-    def rows(self) -> Tensor:
-        return torch.cat(self.parts)
-
-    def lost(self, module: nn.Module, shortcut: Tensor) -> Tensor:
-        """What the factored network's shortcut lacks, at the same places."""
-        return torch.cat(self.shortcut) - sampling.output_rows(module, shortcut, self.at)
-
-
-@dataclass
-class _Seen:
-    rows: dict[str, _Target]
-    moments: dict[str, tuple[Tensor, Tensor]]
-
-    def correct(self, name: str, norm: str | None, y: Tensor, change: Tensor) -> Tensor:
-        """The rows with a change to aim at, by which the batch norm's moments change likewise."""
-        new = y + change
-        if norm in self.moments:
-            mean, variance = self.moments[norm]
-            (old_mean, old_variance), (new_mean, new_variance) = (
-                channel_moments(channel_sums(rows)) for rows in (y, new)
-            )
-            ratio = new_variance / old_variance.clamp(min=torch.finfo(torch.float32).tiny)
-            self.moments[norm] = mean + new_mean - old_mean, variance * ratio
-        return new
-
-
-def _watch(
-    dense: nn.Module,
-    flow: Flow,
-    layers: list[str],
-    norms: list[str],
-    images: Tensor,
-    settings: Calibration,
-) -> _Seen:
-    """Run the dense model; keep sampled outputs of layers, and input moments of batch norms."""
-    rows: dict[str, _Target] = {}
-    sums: dict[str, Tensor] = {}
-    pending: dict[str, Tensor] = {}
-    start = 0
-
-    def output(name: str) -> Callable:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
-            if name not in rows:
-                places = sampling.places(module, y, len(batch))
-                at = sampling.positions(name, len(images), places, settings.positions)
-                size = () if sampling.is_linear(module) else tuple(y.shape[2:])
-                rows[name] = _Target(at.to(y.device), size)
-            target = rows[name]
-            at = target.at[start : start + len(batch)]
-            target.parts.append(sampling.output_rows(module, y, at))
-            target.calls += start == 0
-            residual = flow.residuals.get(name)
-            around = None if residual is None else pending.pop(residual.shortcut, None)
-            if around is not None and around.shape == y.shape:
-                target.shortcut.append(sampling.output_rows(module, around, at))
-
-        return hook
-
-    def norm(name: str) -> Callable:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
-            sums[name] = sums.get(name, 0) + channel_sums(inputs[0])
-
-        return hook
-
-    handles = [
-        dense.get_submodule(name).register_forward_hook(make(name))
-        for make, names in ((output, layers), (norm, norms))
-        for name in names
-    ]
-    keep = {r.shortcut: partial(pending.__setitem__, r.shortcut) for r in flow.residuals.values()}
-    try:
-        with inference(dense):
-            for start in range(0, len(images), BATCH):
-                batch = images[start : start + BATCH]
-                flow.run(dense, batch, keep)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return _Seen(rows, {name: channel_moments(found) for name, found in sums.items()})
+        module.bias.copy_((sums.y - solution @ sums.x) / sums.rows)
 
 
 def _solvable(dense: nn.Module, plan: RankPlan) -> dict[str, LayerPlan]:

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from converter.calibration import BATCH, Calibration, Progress, check_images
+from converter.calibration import Calibration, Progress, batch_size, check_images
 from converter.cost import inference
 from converter.decompose import decompose
 from converter.errors import StiefelError
@@ -75,7 +75,7 @@ def refine(
 
         def mean_error() -> float:
             with torch.no_grad():
-                parts = [float(error(x)) * len(x) for x in images.split(BATCH)]
+                parts = [float(error(x)) * len(x) for x in images.split(batch_size(images))]
             return sum(parts) / len(images)
 
         with inference(dense), inference(small), torch.enable_grad():
@@ -178,7 +178,7 @@ def _scales(dense: nn.Module, wanted: _Watch, images: Tensor) -> dict[str, Tenso
     """Per unit 1 / variance of each channel of the dense network's output, to multiply it by."""
     sums: dict[str, Tensor] = {}
     with inference(dense):
-        for x in images.split(BATCH):
+        for x in images.split(batch_size(images)):
             dense(x)
             for name, value in wanted.values.items():
                 axes = [axis for axis in range(value.ndim) if axis != _channel_axis(value)]

@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from converter.calibration import Calibration, fit_to
+from converter.calibration import Calibration, batch_size, fit_to
 from converter.cost import inference
 from converter.layers import Layer
 
 IMAGES = 256  # enough for one figure a layer
-_BATCH = 32
+_BATCH = 32  # at most
 
 
 def sensitivities(
@@ -62,7 +62,7 @@ def _totals(
     generator = torch.Generator().manual_seed(0)
     device = next(model.parameters()).device
     totals: dict[str, tuple[Tensor, Tensor]] = {}
-    for x in images.split(_BATCH):
+    for x in images.split(min(_BATCH, batch_size(images))):
         outputs.clear()
         logits = model(fit_to(x, model, device).requires_grad_())
         if not isinstance(logits, Tensor) or logits.ndim != 2 or not logits.requires_grad:

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from converter.calibration import Calibration, Moments, second_moments
+from converter.calibration import Calibration, Progress
 from converter.decompose import Factors, Spectrum, spectrum
 from converter.errors import StiefelError
 from converter.layers import Layer
+from converter.moments import Key, Moment, Moments
 from converter.ranks import LayerPlan, RankPlan
 
-Progress = Callable[[str, int, int], None]
+NO_MOMENTS: Mapping[Key, Moment] = {}
 
 
 class Decomposer:
     """Finds spectra, and keeps them for `convert`."""
 
-    def __init__(self, device: torch.device, moments: Moments):
+    def __init__(self, device: torch.device, moments: Moments | Mapping[Key, Moment]):
         self.device, self.moments = device, moments
-        self.known: dict[tuple[str, str | None], Spectrum] = {}
+        self.known: dict[Key, Spectrum] = {}
 
     def __call__(self, layer: Layer, scheme: str | None, rank: int | None = None) -> Spectrum:
         """At least the first `rank` directions of one layer; all of them by default."""
@@ -38,11 +39,14 @@ def layer_spectrum(
     scheme: str | None,
     rank: int | None,
     device: torch.device,
-    moment: Tensor | None = None,
+    moment: Moment | None = None,
 ) -> Spectrum:
     """The spectrum of one layer, on `device`, whitened where a moment is given."""
+    by = {}
+    if moment is not None:
+        by["output_moment" if moment.of_outputs else "second_moment"] = moment.matrix.to(device)
     try:
-        return spectrum(layer.matrix(scheme).to(device), rank, moment)
+        return spectrum(layer.matrix(scheme).to(device), rank, **by)
     except StiefelError as error:
         raise StiefelError(f"{layer.name}: {error}") from None
 
@@ -54,30 +58,30 @@ def calibrated(
     settings: Calibration | None,
     device: torch.device,
     progress: Progress | None,
-) -> Moments:
+) -> Moments | Mapping[Key, Moment]:
     """The layers' second moments; none without images or where whitening is off."""
     settings = settings or Calibration()
     if images is None or not settings.whitened:
-        return {}
-    home = next(model.parameters()).device
-    model.to(device)
-    try:
-        return second_moments(model, images, layers, settings, device, progress)
-    finally:
-        model.to(home)
+        return NO_MOMENTS
+    return Moments(model, images, layers, settings, device, progress)
 
 
 def layer_factors(
-    layer: Layer, entry: LayerPlan, plan: RankPlan, device: torch.device, moments: Moments
+    layer: Layer,
+    entry: LayerPlan,
+    plan: RankPlan,
+    device: torch.device,
+    moments: Moments | Mapping[Key, Moment],
 ) -> Factors:
     """The planned factors of one layer, on the layer's own device.
 
-    Taken from the spectrum found while planning if that is of the very same weight, else found anew
-    on `device`.
+    Taken from the spectrum found while planning if that is of the very same weight, and whitened
+    where moments are to be had; else found anew on `device`.
     """
     matrix = layer.matrix(entry.scheme)
     known = plan._spectra.get((entry.name, entry.scheme))
-    if known is None or not known.reaches(matrix, entry.rank):
+    blind = bool(moments) and known is not None and not known.whitened
+    if known is None or blind or not known.reaches(matrix, entry.rank):
         moment = moments.get((entry.name, entry.scheme))
         known = layer_spectrum(layer, entry.scheme, entry.rank, device, moment)
     factors = known.to(device).factors(matrix.to(device), entry.rank)

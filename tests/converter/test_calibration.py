@@ -8,13 +8,14 @@ from torch import nn
 
 from converter import calibration as calibrating
 from converter import sampling
-from converter.calibration import Calibration, channel_moments, channel_sums, second_moments
+from converter.calibration import Calibration, channel_moments, channel_sums
 from converter.convert import convert, plan
 from converter.decompose import square_root
 from converter.errors import StiefelError
 from converter.factors import Factored, factored_layers
 from converter.flow import trace
 from converter.layers import find_layers, prepared
+from converter.moments import second_moments
 from converter.reconstruction import reconstruct
 from converter.refinement import find_units, refine
 from converter.sensitivity import sensitivities
@@ -138,9 +139,9 @@ def test_second_moments_are_those_of_all_columns_in_float64(images):
     x = outputs_of(net, "0", images).double()
     patches = torch.nn.functional.unfold(x, 3, padding=1).mT.reshape(-1, 54)
     torch.testing.assert_close(
-        found["1.a", "channel"], patches.mT @ patches / len(patches), rtol=1e-5, atol=1e-6
+        found["1.a", "channel"].matrix, patches.mT @ patches / len(patches), rtol=1e-5, atol=1e-6
     )
-    assert found["1.a", "spatial"].shape == (18, 18)
+    assert found["1.a", "spatial"].matrix.shape == (18, 18)
 
 
 def test_whitened_truncation_is_the_best_of_its_rank_on_the_images():
@@ -166,7 +167,7 @@ def test_calibration_runs_few_images_at_once(images, monkeypatch):
     assert max(seen) == 16
     monkeypatch.setattr(calibrating, "BATCH", 64)
     for key, moment in second_moments(net, images, layers, Calibration(positions=ALL), CPU).items():
-        torch.testing.assert_close(whole[key], moment, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(whole[key].matrix, moment.matrix, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", ["linear only", "no batch norm"])
