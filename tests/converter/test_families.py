@@ -6,6 +6,7 @@ The fastest of them run by default; `-m slow` runs them all.
 import pytest
 import torch
 
+from converter.calibration import Calibration
 from converter.checkpoints import load_factored, save_factored
 from converter.convert import convert, plan
 from converter.factors import factored_layers
@@ -66,6 +67,28 @@ def test_a_family_converts_learns_and_comes_back(name, side, tmp_path):
         expected = small(images)
         assert expected.shape == (2, 10)
         assert torch.equal(again(images), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "side"),
+    [
+        ("shufflenet_v2_x0_5", 64),  # splits and concatenations
+        pytest.param("densenet121", 64, marks=pytest.mark.slow),
+        pytest.param("googlenet", 64, marks=pytest.mark.slow),
+        pytest.param("swin_t", 64, marks=pytest.mark.slow),  # weights read, not called
+    ],
+)
+def test_calibration_brings_a_network_closer_to_the_dense_one(name, side):
+    dense = _stirred(load(f"torchvision:{name}", args={"num_classes": 10})).eval()
+    images = torch.randn(6, 3, side, side)
+    settings = Calibration(refine_steps=0, ridge=1e-2)
+    gaps = {}
+    for calibration in (None, images):
+        made = plan(dense, 0.2, calibration=calibration, settings=settings)
+        small = convert(dense, made, calibration=calibration, settings=settings)
+        with torch.no_grad():
+            gaps[calibration is None] = float((small(images) - dense(images)).square().mean())
+    assert gaps[False] < 0.9 * gaps[True]
 
 
 def _without_gradient(model: torch.nn.Module, images: torch.Tensor) -> set[str]:
