@@ -93,6 +93,7 @@ def bench(
             for precision in settings.precisions
             for batch in settings.batches
         ]
+        _refuse_untimed(subjects, {(runtime, precision) for runtime, _, precision, _ in plan})
         ceilings = {
             (str(device), precision): ceiling(device, precision)
             for device in devices
@@ -111,11 +112,6 @@ def bench(
             ratios += [_ratio(cells[0], c, runtime, device, precision, batch) for c in cells[1:]]
         if progress:
             progress("done", len(plan), len(plan))
-        if not rows:
-            raise StiefelError(
-                "nothing to time: no model has a form that the chosen runtimes and precisions take "
-                "(an ONNX file runs in onnxruntime only, in the precision it was written in)"
-            )
         facts = environment(devices[-1]) | {"input_shape": list(shape)}
     return BenchReport(
         rows=tuple(rows),
@@ -290,6 +286,19 @@ def _places(settings: BenchSettings, devices: list[torch.device]):
                 yield runtime, device
             elif len(devices) == 1:
                 raise StiefelError(f"{name} runs on {runtime.devices[0]} only, not on {device}")
+
+
+def _refuse_untimed(subjects: list[Subject], ways: set[tuple[Runtime, str]]) -> None:
+    """Raise StiefelError if a model would not be timed at all, rather than leave it out unsaid."""
+    for subject in subjects:
+        if not any(_takes(runtime, subject, precision) for runtime, precision in ways):
+            asked = " or ".join(
+                sorted(f"{runtime.name} in {precision}" for runtime, precision in ways)
+            )
+            raise StiefelError(
+                f"{subject.name}: nothing to time in {asked}; only ONNX Runtime takes ONNX files, "
+                "in the precision they were written in, and it takes fp32 and fp16 only"
+            )
 
 
 def _takes(runtime: Runtime, subject: Subject, precision: str) -> bool:

@@ -226,7 +226,7 @@ def test_a_named_model_is_timed_at_its_own_image_size_unless_one_is_named(files,
     report = bench(["zoo:resnet20", "zoo:resnet32"], settings)
     assert report.environment["input_shape"] == [3, 32, 32]
     (ratio,) = report.ratios
-    assert ratio.speedup_low <= ratio.speedup <= ratio.speedup_high < 1
+    assert ratio.speedup_low <= ratio.speedup <= ratio.speedup_high
     settings = settings.model_copy(update={"image_size": 48})
     assert bench(["zoo:resnet20"], settings).environment["input_shape"] == [3, 48, 48]
     with pytest.raises(StiefelError, match=r"takes inputs of 1×8×8, not 1×48×48"):
@@ -268,6 +268,13 @@ def test_a_provider_that_does_not_load_says_why(monkeypatch):
     monkeypatch.setattr(runtimes, "try_provider", lambda provider: "libcudnn.so.9 is missing")
     with pytest.raises(StiefelError, match=r"libcudnn.so.9 is missing; `stiefel doctor`"):
         bench(["zoo:digits"], QUICK.model_copy(update={"runtimes": ("onnxruntime",)}))
+
+
+@pytest.mark.parametrize("other", [{"runtimes": ("torch",)}, {"precisions": ("fp16",)}])
+def test_a_model_that_no_setting_times_is_not_left_out_unsaid(files, other):
+    settings = QUICK.model_copy(update=other)
+    with pytest.raises(StiefelError, match=r"dense\.onnx: nothing to time in .*onnx|torch"):
+        bench(["zoo:digits", files["onnx"]], settings)
 
 
 def test_a_file_cut_short_is_told_before_anything_runs(files, tmp_path):
