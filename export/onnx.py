@@ -351,6 +351,8 @@ def _first_difference(program: Any, path: Path, x: Tensor, tolerance: float) -> 
     for inner in parity.layers_differ(program, path, x):
         if inner.difference.relative > tolerance:
             return f"the first layer that differs is {inner.layer}"
+    if next(program.exported_program.parameters()).dtype == torch.float16:
+        return "every layer does what torch does in fp16, which is too coarse for this model"
     return (
         "every layer of the captured graph agrees, so the capture itself lost something: "
         "look for random numbers or Python state in the forward pass"

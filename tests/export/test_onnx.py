@@ -232,6 +232,26 @@ def test_what_cannot_be_exported_is_one_clear_line(tmp_path, model, options, mes
     assert not list(tmp_path.iterdir())
 
 
+class Cancelling(nn.Module):
+    """All that counts is what its weights differ from one by: in half precision nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(1 + 1e-4 * torch.rand(4, 16))
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight - 1)
+
+
+def test_where_half_precision_is_too_coarse_the_capture_is_not_blamed(tmp_path):
+    settings = OnnxSettings(precision="fp16")
+    with pytest.raises(StiefelError, match=r"in fp16, which is too coarse for this model$"):
+        export_onnx(
+            Cancelling(), tmp_path / "x.onnx", example=torch.zeros(1, 16), settings=settings
+        )
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_tolerance_is_the_users(tmp_path):
     settings = OnnxSettings(precision="fp16", tolerance=1e-9)
     with pytest.raises(StiefelError, match=r"\(allowed: 1e-09\)"):
