@@ -152,10 +152,11 @@ def _time(
             cell.subject.onnx_file(precision, x, folder)  # not part of loading
         memory = PeakMemory(device)
         start = time.perf_counter()
-        cell.loaded = runtime.load(cell.subject, device, precision, x, folder)
-        cell.load_ms = 1e3 * (time.perf_counter() - start + cell.subject.load_seconds)
-        memory.loaded()
-        each = _warm_up(cell.loaded.call, settings)
+        with _failures_named(cell.subject, runtime, x):
+            cell.loaded = runtime.load(cell.subject, device, precision, x, folder)
+            cell.load_ms = 1e3 * (time.perf_counter() - start + cell.subject.load_seconds)
+            memory.loaded()
+            each = _warm_up(cell.loaded.call, settings)
         cell.peak_mib = memory.peak_mib()
         turns.append(max(1, min(settings.calls, int(settings.seconds / settings.rounds / each))))
     gc.collect()
@@ -169,6 +170,20 @@ def _time(
     for cell in cells:
         cell.size, cell.loaded = cell.loaded.file_size_bytes, None
     return cells
+
+
+@contextmanager
+def _failures_named(subject: Subject, runtime: Runtime, x: Tensor):
+    """Turn whatever a model's code or its runtime raises into one line."""
+    try:
+        yield
+    except StiefelError:
+        raise
+    except Exception as error:
+        raise StiefelError(
+            f"{subject.name} fails in {runtime.name} on an input {'×'.join(map(str, x.shape))}: "
+            f"{parity.reason(error)}"
+        ) from error
 
 
 def _warm_up(call: Callable[[], object], settings: BenchSettings) -> float:
@@ -329,7 +344,9 @@ def _subject(name: str, source: Source, module: nn.Module | None) -> Subject:
         return Subject(name, module=compact(source).cpu().float())
     path = Path(source)
     if path.suffix == ".onnx":
-        parity.session(path)  # says now what is wrong with the file
+        count = len(parity.session(path).get_inputs())  # says now what is wrong with the file
+        if count != 1:
+            raise StiefelError(f"{path} takes {count} inputs; bench gives a model one, its images")
         return Subject(name, module=None if module is None else compact(module).cpu(), onnx=path)
     start = time.perf_counter()
     small = compact(open_model(source)).cpu().float()

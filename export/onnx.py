@@ -270,10 +270,10 @@ def _cannot(model: nn.Module, error: Exception) -> StiefelError:
     cause = error.__cause__ or error
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     text = re.sub(r"\x1b\[[0-9;]*m", "", lines[0] if lines else type(cause).__name__)
-    return StiefelError(
-        f"cannot export {type(model).__name__} to ONNX: {text[:300]} "
-        "(the forward pass must be free of data-dependent Python control flow)"
-    )
+    hint = " (the forward pass must be free of data-dependent Python control flow)"
+    if unknown := re.search(r"translating node .*target=([\w.]+)", text):
+        text, hint = f"there is no translation of {unknown[1]}", ""
+    return StiefelError(f"cannot export {type(model).__name__} to ONNX: {text[:300]}{hint}")
 
 
 @contextlib.contextmanager

@@ -157,6 +157,14 @@ def test_large_weights_lie_outside_and_go_with_their_model(tmp_path, monkeypatch
     assert sorted(p.name for p in tmp_path.iterdir()) == ["net.onnx", "net.onnx.data"]
     assert path.stat().st_size < inside.stat().st_size < result.file_size_bytes * 1.5
     assert differs(model, path, 2, 3, 16, 16) < 1e-5
+    # Without its data, or a part of it, it is no model.
+    data = path.with_name("net.onnx.data")
+    for spoil in (lambda: data.write_bytes(data.read_bytes()[:-500]), data.unlink):
+        spoil()
+        with pytest.raises(
+            StiefelError, match=r"weights \(\.onnx\.data\) are missing or cut short"
+        ):
+            parity.session(path)
     # A smaller model in its place takes the data with it.
     monkeypatch.undo()
     export_onnx(nn.Linear(4, 2), path, example=torch.zeros(1, 4))
@@ -215,10 +223,16 @@ class Branching(nn.Module):
         return x if x.sum() > 0 else -x
 
 
+class Bessel(nn.Module):
+    def forward(self, x):
+        return torch.special.bessel_j0(x)
+
+
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
-        (Branching(), {}, "cannot export Branching to ONNX"),
+        (Branching(), {}, r"cannot export Branching to ONNX: .*data-dependent Python control flow"),
+        (Bessel(), {}, r"there is no translation of torch\.ops\.\w+\.bessel_j0\.default$"),
         (Restless(), {}, "differs from torch's"),
         (nn.Linear(3, 2), {"example": None}, "give an example input"),
         (nn.Linear(3, 2), {"example": torch.zeros(3)}, r"must be a batch \(N, ...\), not \(3,\)"),
