@@ -43,6 +43,10 @@ class Study:
         """The rows that were measured for `asked`."""
         return [row for row in self.rows if asked.items() <= row.items()]
 
+    def forget(self, **asked: Any) -> None:
+        """Drop the rows for `asked`; the file keeps them until others are measured."""
+        self.rows = [row for row in self.rows if not asked.items() <= row.items()]
+
     def measure(self, asked: Mapping[str, Any], work: Callable[[], Mapping[str, Any]]) -> Row:
         """The row for `asked`: kept from before, or measured now and kept."""
         if known := self.find(**asked):

@@ -133,6 +133,8 @@ def load_any(
         StiefelError: there is no such file or model, or they don't fit together.
     """
     path = Path(source)
+    if path.is_dir():
+        raise StiefelError(f"{path} is a folder; name a checkpoint file in it")
     if not path.is_file() and path.suffix not in _WEIGHTS and ":" in str(source):
         return load(str(source), args=args, input=input, note=note)
     if not (path.is_file() or Path(f"{path}.index.json").is_file()):
@@ -147,7 +149,9 @@ def load_any(
         if kind.startswith(FORMAT):
             raise StiefelError(f"{path} is an export ({kind}); work on the checkpoint it came from")
     if model is None:
-        raise StiefelError(f"{path} doesn't say which model it is of; name the model as well")
+        raise StiefelError(
+            f"{path} doesn't say which model it is of; name it (convert and export take --model)"
+        )
     return load(
         model,
         checkpoint=path,

@@ -21,9 +21,9 @@ from converter.layers import Layer, find_layers, install, prepared
 
 MULTIPLE = {"cpu": 8, "cuda": 16}  # vector width and tensor-core tile; other ranks waste lanes
 STEP = 1.2  # the ranks on offer lie about so far apart
-LEAST_SECONDS = 0.02  # a measurement lasts so long at least
-LEAST_RUNS = 5
-MOST_SECONDS = 10.0  # enough of a slow model, if it ran thrice
+LEAST_SECONDS, LEAST_RUNS = 0.02, 5  # a layer is timed so long, so often, at least
+MODEL_SECONDS, MODEL_RUNS = 0.5, 15  # a whole model, by which a plan is judged
+MOST_SECONDS = 60.0  # enough of a slow model, if it ran thrice
 
 
 class LatencyPrices:
@@ -96,13 +96,14 @@ def model_seconds(example: Tensor, *models: nn.Module) -> list[float]:
         for model in models:
             stack.enter_context(inference(model, fused=True))
         runs = [lambda model=model: model(example) for model in models]
-        return seconds(runs, example.device, 10 * LEAST_SECONDS * len(models))
+        return seconds(runs, example.device, MODEL_SECONDS * len(models), MODEL_RUNS)
 
 
 def seconds(
     runs: Sequence[Callable[[], object]],
     device: torch.device,
     least_seconds: float = LEAST_SECONDS,
+    least_runs: int = LEAST_RUNS,
 ) -> list[float]:
     """Seconds of one call of each: the least of several, as all else that happens only adds."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
@@ -110,7 +111,7 @@ def seconds(
     with torch.inference_mode():
         for run in (*runs, *runs):
             run()
-        while spent < least_seconds or rounds < (3 if spent > MOST_SECONDS else LEAST_RUNS):
+        while spent < least_seconds or rounds < (3 if spent > MOST_SECONDS else least_runs):
             for i, run in enumerate(runs):
                 wait()
                 start = time.perf_counter()

@@ -93,6 +93,7 @@ def bench(
             for precision in settings.precisions
             for batch in settings.batches
         ]
+        _refuse_untimed(subjects, {(runtime, precision) for runtime, _, precision, _ in plan})
         ceilings = {
             (str(device), precision): ceiling(device, precision)
             for device in devices
@@ -111,11 +112,6 @@ def bench(
             ratios += [_ratio(cells[0], c, runtime, device, precision, batch) for c in cells[1:]]
         if progress:
             progress("done", len(plan), len(plan))
-        if not rows:
-            raise StiefelError(
-                "nothing to time: no model has a form that the chosen runtimes and precisions take "
-                "(an ONNX file runs in onnxruntime only, in the precision it was written in)"
-            )
         facts = environment(devices[-1]) | {"input_shape": list(shape)}
     return BenchReport(
         rows=tuple(rows),
@@ -156,10 +152,11 @@ def _time(
             cell.subject.onnx_file(precision, x, folder)  # not part of loading
         memory = PeakMemory(device)
         start = time.perf_counter()
-        cell.loaded = runtime.load(cell.subject, device, precision, x, folder)
-        cell.load_ms = 1e3 * (time.perf_counter() - start + cell.subject.load_seconds)
-        memory.loaded()
-        each = _warm_up(cell.loaded.call, settings)
+        with _failures_named(cell.subject, runtime, x):
+            cell.loaded = runtime.load(cell.subject, device, precision, x, folder)
+            cell.load_ms = 1e3 * (time.perf_counter() - start + cell.subject.load_seconds)
+            memory.loaded()
+            each = _warm_up(cell.loaded.call, settings)
         cell.peak_mib = memory.peak_mib()
         turns.append(max(1, min(settings.calls, int(settings.seconds / settings.rounds / each))))
     gc.collect()
@@ -173,6 +170,20 @@ def _time(
     for cell in cells:
         cell.size, cell.loaded = cell.loaded.file_size_bytes, None
     return cells
+
+
+@contextmanager
+def _failures_named(subject: Subject, runtime: Runtime, x: Tensor):
+    """Turn whatever a model's code or its runtime raises into one line."""
+    try:
+        yield
+    except StiefelError:
+        raise
+    except Exception as error:
+        raise StiefelError(
+            f"{subject.name} fails in {runtime.name} on an input {'×'.join(map(str, x.shape))}: "
+            f"{parity.reason(error)}"
+        ) from error
 
 
 def _warm_up(call: Callable[[], object], settings: BenchSettings) -> float:
@@ -292,6 +303,19 @@ def _places(settings: BenchSettings, devices: list[torch.device]):
                 raise StiefelError(f"{name} runs on {runtime.devices[0]} only, not on {device}")
 
 
+def _refuse_untimed(subjects: list[Subject], ways: set[tuple[Runtime, str]]) -> None:
+    """Raise StiefelError if a model would not be timed at all, rather than leave it out unsaid."""
+    for subject in subjects:
+        if not any(_takes(runtime, subject, precision) for runtime, precision in ways):
+            asked = " or ".join(
+                sorted(f"{runtime.name} in {precision}" for runtime, precision in ways)
+            )
+            raise StiefelError(
+                f"{subject.name}: nothing to time in {asked}; only ONNX Runtime takes ONNX files, "
+                "in the precision they were written in, and it takes fp32 and fp16 only"
+            )
+
+
 def _takes(runtime: Runtime, subject: Subject, precision: str) -> bool:
     return precision in runtime.precisions and runtime.takes(subject, precision)
 
@@ -320,7 +344,9 @@ def _subject(name: str, source: Source, module: nn.Module | None) -> Subject:
         return Subject(name, module=compact(source).cpu().float())
     path = Path(source)
     if path.suffix == ".onnx":
-        parity.session(path)  # says now what is wrong with the file
+        count = len(parity.session(path).get_inputs())  # says now what is wrong with the file
+        if count != 1:
+            raise StiefelError(f"{path} takes {count} inputs; bench gives a model one, its images")
         return Subject(name, module=None if module is None else compact(module).cpu(), onnx=path)
     start = time.perf_counter()
     small = compact(open_model(source)).cpu().float()

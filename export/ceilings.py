@@ -28,35 +28,53 @@ def ceiling(device: torch.device, precision: str, seconds: float = 0.5) -> Ceili
     """Measure the ceilings in about `seconds` (after one warm-up each).
 
     On CUDA the fp32 product may use TF32, as torch's convolutions and ONNX Runtime do by default.
+    On the CPU the product is the best of torch's and ONNX Runtime's, which differ from processor to
+    processor, and no less than in fp32, in which ONNX Runtime computes fp16 there.
     """
     dtype, cuda = DTYPES[precision], device.type == "cuda"
-    # Large enough to fill the device, small enough to be done several times on two slow cores.
-    side = 8192 if cuda else 1024 if precision == "fp32" else 512
     numbers = 2**28 if cuda else 2**24
-    a = torch.randn(side, side, device=device).to(dtype)
-    b, out = a.clone(), a.clone()
     source = torch.zeros(numbers, dtype=dtype, device=device)
     target = torch.empty_like(source)
+    products = _products(device, dtype)
     tf32 = torch.backends.cuda.matmul.allow_tf32
     try:
         torch.backends.cuda.matmul.allow_tf32 = True
-        product = _best(lambda: torch.mm(a, b, out=out), device, seconds / 2)
+        flops = max(
+            2 * side**3 / _best(call, device, seconds / 2 / len(products))
+            for side, call in products
+        )
     finally:
         torch.backends.cuda.matmul.allow_tf32 = tf32
-    if not cuda and precision == "fp32":
-        # Which library multiplies faster depends on the processor.
-        product = min(product, _best(_onnx_product(side), device, seconds / 2))
     copy = _best(lambda: target.copy_(source), device, seconds / 2)
     return Ceiling(
         device=str(device),
         precision=precision,
-        gflops_per_s=2e-9 * side**3 / product,
+        gflops_per_s=1e-9 * flops,
         gbytes_per_s=2e-9 * source.nbytes / copy,
     )
 
 
+def _products(device: torch.device, dtype: torch.dtype) -> list[tuple[int, Callable[[], Any]]]:
+    """Square matrix products that may be the device's fastest, each with its side."""
+    if device.type == "cuda":
+        return [(8192, _torch_product(8192, device, dtype))]
+    # The large one fills many cores; the other is done before a busy machine takes the core away.
+    products = [(384, _torch_product(384, device, dtype))]
+    for side in (384, 1024):
+        products += [(side, _torch_product(side, device, torch.float32))]
+        products += [(side, _onnx_product(side))]
+    return products
+
+
+def _torch_product(side: int, device: torch.device, dtype: torch.dtype) -> Callable[[], Any]:
+    """A square matrix product in torch."""
+    a = torch.randn(side, side, device=device).to(dtype)
+    b, out = a.clone(), a.clone()
+    return lambda: torch.mm(a, b, out=out)
+
+
 def _onnx_product(side: int) -> Callable[[], Any]:
-    """A square matrix product in ONNX Runtime."""
+    """The same in ONNX Runtime, in fp32 on the CPU."""
     values = [
         onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [side, side])
         for name in ("a", "b", "c")

@@ -1,7 +1,9 @@
 """What this installation can do: versions, devices, providers that really load, and remedies."""
 
 import contextlib
+import importlib
 import importlib.metadata
+import importlib.util
 import io
 import os
 import platform
@@ -84,11 +86,15 @@ def try_provider(provider: str) -> str | None:
                 return None
     except Exception as error:
         return str(error).strip().splitlines()[0][:300]
+    if provider == PROVIDERS["tensorrt"] and importlib.util.find_spec("tensorrt_libs") is None:
+        return "TensorRT's libraries are not installed"
     return _missing_library(said.getvalue()) or "does not load"
 
 
 def preload(said: io.StringIO | None = None) -> None:
-    """Load the CUDA and cuDNN libraries that torch's wheels brought, for ONNX Runtime to find."""
+    """Load the libraries of CUDA, cuDNN and TensorRT that wheels brought, for ONNX Runtime."""
+    with contextlib.suppress(ImportError, OSError):
+        importlib.import_module("tensorrt_libs")  # loads what lies in it, off the loader's path
     if hasattr(onnxruntime, "preload_dlls"):
         with contextlib.redirect_stdout(said or io.StringIO()):
             onnxruntime.preload_dlls()

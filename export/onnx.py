@@ -270,10 +270,10 @@ def _cannot(model: nn.Module, error: Exception) -> StiefelError:
     cause = error.__cause__ or error
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     text = re.sub(r"\x1b\[[0-9;]*m", "", lines[0] if lines else type(cause).__name__)
-    return StiefelError(
-        f"cannot export {type(model).__name__} to ONNX: {text[:300]} "
-        "(the forward pass must be free of data-dependent Python control flow)"
-    )
+    hint = " (the forward pass must be free of data-dependent Python control flow)"
+    if unknown := re.search(r"translating node .*target=([\w.]+)", text):
+        text, hint = f"there is no translation of {unknown[1]}", ""
+    return StiefelError(f"cannot export {type(model).__name__} to ONNX: {text[:300]}{hint}")
 
 
 @contextlib.contextmanager
@@ -351,6 +351,8 @@ def _first_difference(program: Any, path: Path, x: Tensor, tolerance: float) -> 
     for inner in parity.layers_differ(program, path, x):
         if inner.difference.relative > tolerance:
             return f"the first layer that differs is {inner.layer}"
+    if next(program.exported_program.parameters()).dtype == torch.float16:
+        return "every layer does what torch does in fp16, which is too coarse for this model"
     return (
         "every layer of the captured graph agrees, so the capture itself lost something: "
         "look for random numbers or Python state in the forward pass"

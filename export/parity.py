@@ -116,8 +116,9 @@ def reason(error: BaseException) -> str:
         return "not an ONNX file, or cut short; export it again"
     if found := _UNKNOWN_OPERATOR.search(text):
         return f"it needs the operator {found[1] or found[2]}, which this ONNX Runtime doesn't have"
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__
+    if "external data" in text.lower() or "external initializer" in text.lower():
+        return "its weights (.onnx.data) are missing or cut short; keep the two files together"
+    return " ".join(text.split())[:300] or type(error).__name__
 
 
 @torch.no_grad()

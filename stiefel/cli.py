@@ -16,7 +16,7 @@ from converter.files import write_text
 from export.bench import BenchSettings, bench
 from export.doctor import doctor
 from export.onnx import OnnxSettings, export_onnx
-from export.safetensors import SafetensorsSettings, export_safetensors, open_model
+from export.safetensors import SafetensorsSettings, export_safetensors, is_compact, open_model
 from stiefel import report as rendering
 from stiefel import tables
 from stiefel.console import Console
@@ -204,21 +204,22 @@ def train_command(path: Path, rule: str, **values: Any) -> None:
 
 
 @main.command()
-@click.argument("source", metavar="MODEL")
+@model_options
 @click.option("--output", "-o", type=NEW_FILE, required=True, help="FILE.onnx or FILE.safetensors")
 @click.option("--data", help="prove the export on real images of this data too")
 @settings_options(SafetensorsSettings, OnnxSettings)
 @json_option
-def export(
-    source: str, output: Path, data: str | None, json_file: Path | None, **values: Any
-) -> None:
-    """Write MODEL (a checkpoint or a name) for deployment; the ending says the format."""
+def export(output: Path, data: str | None, json_file: Path | None, **values: Any) -> None:
+    """Write a model, factored or dense, for deployment; the ending says the format."""
     if output.suffix not in (".onnx", ".safetensors"):
         raise click.UsageError(f"-o {output}: end the name in .onnx or .safetensors")
-    model = open_model(source)
+    section = model_section(values)
+    compact = section.name is None and is_compact(section.checkpoint)
+    model = open_model(section.checkpoint) if compact else build(section, note=console.note)
     known = (getattr(model, "stiefel_history", None) or [{}])[-1].get("accuracy")
     if output.suffix == ".safetensors":
-        if unused := [o for o in given(OnnxSettings, values) if o != "--precision"]:
+        unused = [option for option in given(OnnxSettings, values) if option != "--precision"]
+        if unused := unused + ["--data"] * bool(data):
             raise click.UsageError(f"{unused[0]} is for .onnx files")
         settings = collect(SafetensorsSettings, values)
         result = export_safetensors(model, output, settings=settings, accuracy=known)

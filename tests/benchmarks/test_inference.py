@@ -1,4 +1,7 @@
-from benchmarks.inference import TIMED, report
+import torch
+from torch import nn
+
+from benchmarks.inference import TIMED, report, settle
 
 ENVIRONMENT = {"processor": "Abacus", "threads": 2, "torch": "2.15"}
 
@@ -38,3 +41,16 @@ def test_the_report_shows_what_is_slower_what_is_noise_and_what_was_refused():
     assert "| net | params=0.5 | 50% | 75% | 0.50× (0.40–0.60) | *1.05× (0.95–1.15)* |" in lines
     assert "| net | params=0.25 | out of reach |  |  |  |" in lines
     assert "| net | 8 | 0.49 | 0.48 (0.45–0.50) | yes |" in lines
+
+
+def test_a_random_network_that_is_settled_computes_something_in_half_precision():
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU()) for _ in range(12)]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1)).eval()
+    for layer in layers:
+        layer[0].weight.data *= 0.1
+    x = torch.randn(4, 8, 32, 32)
+    assert not model.half()(x.half()).std(dim=0).any()
+    settle(model.float(), x)
+    assert model.half()(x.half()).std(dim=0).min() > 0.01
+    assert not any(module.training for module in model.modules())

@@ -32,6 +32,17 @@ def test_what_was_measured_is_not_measured_again_after_an_interruption(tmp_path)
     assert again.find(seed=3)[0]["accuracy"] == 30.0
 
 
+def test_what_is_to_be_measured_again_stays_on_disk_until_it_is(tmp_path):
+    study = Study(tmp_path / "s.json", ABOUT)
+    for seed in (0, 1):
+        study.measure({"seed": seed}, lambda: {"accuracy": 1.0})
+    study.forget(seed=1)
+    assert len(Study(tmp_path / "s.json", ABOUT).rows) == 2
+    study.measure({"seed": 1}, lambda: {"accuracy": 2.0})
+    kept = {row["seed"]: row["accuracy"] for row in Study(tmp_path / "s.json", ABOUT).rows}
+    assert kept == {0: 1.0, 1: 2.0}
+
+
 def test_rows_of_another_study_are_not_mixed_in(tmp_path):
     Study(tmp_path / "s.json", ABOUT).measure({"seed": 0}, lambda: {"accuracy": 1.0})
     with pytest.raises(StiefelError, match="another study"):

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from hypothesis import given
@@ -201,12 +202,12 @@ def files(tmp_path_factory, factor) -> dict[str, Path]:
 
 def test_files_of_both_kinds_are_timed_side_by_side(files):
     threads = torch.get_num_threads()
-    onnx, compact = files["onnx"], files["safetensors"]
-    report = bench([onnx, compact], QUICK)
+    dense, compact = files["onnx"], files["safetensors"]
+    report = bench([dense, compact], QUICK)
     # torch has no module for an ONNX file.
     assert [(row.model, row.runtime, row.batch) for row in report.rows] == [
         *((str(compact), "torch", batch) for batch in (1, 3)),
-        *((str(path), "onnxruntime", batch) for batch in (1, 3) for path in (onnx, compact)),
+        *((str(path), "onnxruntime", batch) for batch in (1, 3) for path in (dense, compact)),
     ]
     for row in report.rows:
         assert row.latency_ms_p99 >= row.latency_ms_p95 >= row.latency_ms_p50 > 0
@@ -215,7 +216,7 @@ def test_files_of_both_kinds_are_timed_side_by_side(files):
         assert row.load_time_ms > 0
         assert row.file_size_bytes > 1000
     assert {(r.runtime, r.baseline, r.batch) for r in report.ratios} == {
-        ("onnxruntime", str(onnx), batch) for batch in (1, 3)
+        ("onnxruntime", str(dense), batch) for batch in (1, 3)
     }
     assert torch.get_num_threads() == threads
 
@@ -226,7 +227,7 @@ def test_a_named_model_is_timed_at_its_own_image_size_unless_one_is_named(files,
     report = bench(["zoo:resnet20", "zoo:resnet32"], settings)
     assert report.environment["input_shape"] == [3, 32, 32]
     (ratio,) = report.ratios
-    assert ratio.speedup_low <= ratio.speedup <= ratio.speedup_high < 1
+    assert ratio.speedup_low <= ratio.speedup <= ratio.speedup_high
     settings = settings.model_copy(update={"image_size": 48})
     assert bench(["zoo:resnet20"], settings).environment["input_shape"] == [3, 48, 48]
     with pytest.raises(StiefelError, match=r"takes inputs of 1×8×8, not 1×48×48"):
@@ -268,6 +269,53 @@ def test_a_provider_that_does_not_load_says_why(monkeypatch):
     monkeypatch.setattr(runtimes, "try_provider", lambda provider: "libcudnn.so.9 is missing")
     with pytest.raises(StiefelError, match=r"libcudnn.so.9 is missing; `stiefel doctor`"):
         bench(["zoo:digits"], QUICK.model_copy(update={"runtimes": ("onnxruntime",)}))
+
+
+@pytest.mark.parametrize("other", [{"runtimes": ("torch",)}, {"precisions": ("fp16",)}])
+def test_a_model_that_no_setting_times_is_not_left_out_unsaid(files, other):
+    settings = QUICK.model_copy(update=other)
+    with pytest.raises(StiefelError, match=r"dense\.onnx: nothing to time in .*onnx|torch"):
+        bench(["zoo:digits", files["onnx"]], settings)
+
+
+def onnx_file(path: Path, batch: int | str, inputs: int) -> Path:
+    """A sum of inputs (batch, 1, 8, 8)."""
+    names = [f"x{i}" for i in range(inputs)]
+    values = [
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [batch, 1, 8, 8])
+        for name in (*names, "y")
+    ]
+    nodes = [onnx.helper.make_node("Sum", names, ["y"])]
+    graph = onnx.helper.make_graph(nodes, "sum", values[:-1], values[-1:])
+    opset = [onnx.helper.make_opsetid("", 18)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=9), path)
+    return path
+
+
+def test_a_file_of_another_exporter_that_cannot_take_the_batch_is_told(tmp_path, monkeypatch):
+    no_ceiling(monkeypatch)
+    path = onnx_file(tmp_path / "one.onnx", batch=1, inputs=1)
+    with pytest.raises(
+        StiefelError, match=r"one\.onnx fails in onnxruntime on an input 3×1×8×8: ."
+    ):
+        bench([path], QUICK.model_copy(update={"runtimes": ("onnxruntime",), "batches": (3,)}))
+
+
+def test_a_file_of_several_inputs_is_told_before_anything_runs(tmp_path):
+    path = onnx_file(tmp_path / "two.onnx", batch="n", inputs=2)
+    with pytest.raises(StiefelError, match=r"two\.onnx takes 2 inputs"):
+        bench(["zoo:digits", path], QUICK)
+
+
+@pytest.mark.parametrize("size", [5, 48])
+def test_an_image_size_that_a_model_cannot_take_is_one_line(monkeypatch, size):
+    no_ceiling(monkeypatch)
+    settings = QUICK.model_copy(update={"image_size": size, "runtimes": ("torch",)})
+    with pytest.raises(
+        StiefelError, match=f"zoo:mlp fails in torch on an input 1×3×{size}"
+    ) as found:
+        bench(["zoo:resnet20", "zoo:mlp"], settings)
+    assert "\n" not in str(found.value)
 
 
 def test_a_file_cut_short_is_told_before_anything_runs(files, tmp_path):

@@ -38,16 +38,33 @@ def test_a_provider_that_is_listed_but_does_not_run_is_not_said_to_load(monkeypa
     assert try_provider("NonsuchExecutionProvider") == "not part of this onnxruntime package"
 
 
-def test_a_silent_step_down_to_the_cpu_is_noticed(monkeypatch):
+def steps_down(monkeypatch, name, said):
+    """Let a session that was asked for `name` run on the CPU, and the loader say something."""
+
     class OnCpu:
         def get_providers(self):
             return ["CPUExecutionProvider"]
 
-    name = "CUDAExecutionProvider"
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [name])
     monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *a, **o: OnCpu())
-    monkeypatch.setattr(module, "preload", lambda said: print("Failed to load libx.so: gone"))
+    monkeypatch.setattr(module, "preload", lambda buffer: print(said))
+
+
+def test_a_silent_step_down_to_the_cpu_is_noticed(monkeypatch):
+    name = "CUDAExecutionProvider"
+    steps_down(monkeypatch, name, "Failed to load libx.so: gone")
     assert try_provider(name) == "Failed to load libx.so: gone"
+
+
+def test_tensorrt_is_not_blamed_on_a_library_of_cuda(monkeypatch):
+    """Without TensorRT its own libraries are what is missing, whatever else CUDA lacks."""
+    name = "TensorrtExecutionProvider"
+    steps_down(monkeypatch, name, "Failed to load libcurand.so: gone")
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda package: None)
+    assert try_provider(name) == "TensorRT's libraries are not installed"
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda package: package)
+    try_provider.cache_clear()
+    assert try_provider(name) == "Failed to load libcurand.so: gone"
 
 
 @pytest.mark.parametrize(

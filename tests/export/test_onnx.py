@@ -157,6 +157,14 @@ def test_large_weights_lie_outside_and_go_with_their_model(tmp_path, monkeypatch
     assert sorted(p.name for p in tmp_path.iterdir()) == ["net.onnx", "net.onnx.data"]
     assert path.stat().st_size < inside.stat().st_size < result.file_size_bytes * 1.5
     assert differs(model, path, 2, 3, 16, 16) < 1e-5
+    # Without its data, or a part of it, it is no model.
+    data = path.with_name("net.onnx.data")
+    for spoil in (lambda: data.write_bytes(data.read_bytes()[:-500]), data.unlink):
+        spoil()
+        with pytest.raises(
+            StiefelError, match=r"weights \(\.onnx\.data\) are missing or cut short"
+        ):
+            parity.session(path)
     # A smaller model in its place takes the data with it.
     monkeypatch.undo()
     export_onnx(nn.Linear(4, 2), path, example=torch.zeros(1, 4))
@@ -215,10 +223,16 @@ class Branching(nn.Module):
         return x if x.sum() > 0 else -x
 
 
+class Bessel(nn.Module):
+    def forward(self, x):
+        return torch.special.bessel_j0(x)
+
+
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
-        (Branching(), {}, "cannot export Branching to ONNX"),
+        (Branching(), {}, r"cannot export Branching to ONNX: .*data-dependent Python control flow"),
+        (Bessel(), {}, r"there is no translation of torch\.ops\.\w+\.bessel_j0\.default$"),
         (Restless(), {}, "differs from torch's"),
         (nn.Linear(3, 2), {"example": None}, "give an example input"),
         (nn.Linear(3, 2), {"example": torch.zeros(3)}, r"must be a batch \(N, ...\), not \(3,\)"),
@@ -229,6 +243,26 @@ def test_what_cannot_be_exported_is_one_clear_line(tmp_path, model, options, mes
     with pytest.raises(StiefelError, match=message) as caught:
         export_onnx(model, tmp_path / "x.onnx", **{"example": torch.zeros(1, 3)} | options)
     assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+class Cancelling(nn.Module):
+    """All that counts is what its weights differ from one by: in half precision nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(1 + 1e-4 * torch.rand(4, 16))
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight - 1)
+
+
+def test_where_half_precision_is_too_coarse_the_capture_is_not_blamed(tmp_path):
+    settings = OnnxSettings(precision="fp16")
+    with pytest.raises(StiefelError, match=r"in fp16, which is too coarse for this model$"):
+        export_onnx(
+            Cancelling(), tmp_path / "x.onnx", example=torch.zeros(1, 16), settings=settings
+        )
     assert not list(tmp_path.iterdir())
 
 

@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 from converter.checkpoints import load_any, save_dense
 from converter.factors import factored_layers
 from converter.models import load
+from export import parity
 from export.safetensors import read_metadata
 from stiefel.cli import main
 
@@ -117,6 +118,28 @@ def test_train_export_evaluate_inspect_and_bench_take_on_what_convert_wrote(dens
     assert (tmp_path / "bench.png").exists()
 
 
+def test_a_dense_model_with_weights_of_its_own_is_exported_as_factored_ones_are(tmp_path):
+    torch.manual_seed(1)
+    weights, onnx = tmp_path / "dense.pth", tmp_path / "dense.onnx"
+    model = load("zoo:mlp", args={"width": 32})
+    torch.save(model.state_dict(), weights)
+    result = stiefel("export", weights, "-o", onnx)
+    assert result.exit_code == 1
+    assert "export take --model" in result.stderr
+    named = ("--model", "zoo:mlp", "--model-arg", "width=32")
+    result = stiefel("export", weights, *named, "-o", onnx)
+    assert result.exit_code == 0, result.output
+    x = torch.randn(2, *model.stiefel_spec.input.shape)
+    assert parity.outputs_differ(model, onnx, [x]).relative < 1e-5
+
+
+def test_a_compact_file_is_exported_further(small, tmp_path):
+    compact = tmp_path / "compact.safetensors"
+    assert stiefel("export", small, "-o", compact).exit_code == 0
+    result = stiefel("export", compact, "-o", tmp_path / "small.onnx")
+    assert result.exit_code == 0, result.output
+
+
 def test_doctor_tells_versions_and_providers(tmp_path):
     result = stiefel("doctor", "--json", tmp_path / "doctor.json")
     assert result.exit_code == 0
@@ -148,6 +171,9 @@ NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA")
         (1, ("train-local", "SMALL", "--data", "fake:3x8x8", "-o", "OUT"), "channel"),
         (2, ("export", "SMALL", "-o", "x.tflite"), ".onnx or .safetensors"),
         (2, ("export", "SMALL", "-o", "OUT", "--opset", "18"), "--opset is for .onnx files"),
+        (2, ("export", "SMALL", "-o", "OUT", "--data", "digits"), "--data is for .onnx files"),
+        (1, ("export", ".", "-o", "OUT"), "is a folder"),
+        (1, ("bench", "."), "is a folder"),
         (1, ("export", "zoo:resnet20x", "-o", "OUT"), "resnet20"),
         (1, ("bench", "TEXT"), "TEXT"),
         (1, ("run", "gone.yaml"), "gone.yaml"),
