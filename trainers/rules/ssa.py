@@ -38,9 +38,9 @@ class SVDSpaceAlignment:
         """See `Rule.init`."""
         settings = self.settings.resolved(with_teacher=teacher is not None)
         cuts, taught = cut_network(network, example, settings, teacher)
-        feedback = draw_feedback(settings, network, cuts, example, num_classes, generator)
+        drawn = draw_feedback(settings, network, cuts, example, num_classes, generator)
         taught = taught if settings.distillation else None
-        state = SSAState(settings, cuts, feedback, num_classes, taught)
+        state = SSAState(settings, cuts, *drawn, num_classes, taught)
         return state.to(example.device)
 
     def step(
@@ -72,11 +72,12 @@ class SSAState(LocalState):
         self,
         settings: SSA,
         cuts: Cuts,
+        grids: list[list[int]],
         feedback: list[list[nn.Module]],
         num_classes: int,
         teacher: Cuts | None,
     ) -> None:
-        super().__init__(cuts, feedback, teacher)
+        super().__init__(cuts, grids, feedback, teacher)
         self.settings = settings
         self.num_classes = num_classes
         self.factored = tuple(
@@ -130,9 +131,8 @@ class _Composite:
         settings, batch = self.state.settings, self.batch
         if not (settings.cross_entropy or settings.similarity or settings.cosine):
             return
-        metas, modules = self.state.cuts.blocks[index].roots, self.state.feedback[index]
-        for place, (root, h) in enumerate(zip(metas, roots, strict=True)):
-            z = root.pooled(h, settings.pool)
+        modules = self.state.feedback[index]
+        for place, z in enumerate(self.state.features(index, roots)):
             # The last block's read-out is the output head, so it has no feedback of its own.
             feedback = modules[place] if len(modules) else None
             if settings.cross_entropy and feedback is not None:
