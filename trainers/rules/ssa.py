@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from converter.factors import Factored
 from trainers import losses
 from trainers.cuts import Cuts, Root
+from trainers.distributed import World
 from trainers.feedback import channel_directions, kernel_directions
 from trainers.rules.draw import draw_feedback
 from trainers.rules.interface import StepResult
@@ -107,7 +108,7 @@ class _Composite:
     """The composite losses of one step: a `passes.BlockLoss`."""
 
     def __init__(self, state: SSAState, x: Tensor, batch: Batch) -> None:
-        self.state, self.batch = state, batch
+        self.state, self.batch, self.world = state, batch, World.here()
         self.taught = state.teach(x) if state.teacher is not None else None
         self._similar: Tensor | None = None
 
@@ -121,7 +122,7 @@ class _Composite:
         if self.taught is not None:
             wanted, _ = next(self.taught)
             pairs = [*zip(roots, wanted, strict=True)]
-            terms += [settings.distillation * losses.distillation(h, t) for h, t in pairs]
+            terms += [settings.distillation * self._distillation(h, t) for h, t in pairs]
         terms += self._on_factors(index)
         return sum(terms)
 
@@ -144,7 +145,8 @@ class _Composite:
                 )
                 yield settings.cross_entropy * term
             if settings.similarity:
-                yield settings.similarity * losses.similarity_matching(z, self._similarity())
+                alike = losses.similarity_matching(self.world.rows(z), self._similarity())
+                yield settings.similarity * alike
             if settings.cosine and feedback is not None:
                 yield settings.cosine * losses.cosine(z, feedback.back(self._targets()))
 
@@ -167,8 +169,13 @@ class _Composite:
         batch = self.batch
         return losses.probabilities(batch.y, self.state.num_classes, batch.label_smoothing)
 
+    def _distillation(self, h: Tensor, target: Tensor) -> Tensor:
+        """Of one root, relative to the variance over the whole batch."""
+        return losses.distillation(h, target, self.world.variance(target))
+
     def _similarity(self) -> Tensor:
-        """Y Yᵀ (N, N), made once a step."""
+        """Y Yᵀ (N, N) of the whole batch, made once a step."""
         if self._similar is None:
-            self._similar = losses.similarity_target(self.batch.y, self.state.num_classes)
+            y = self.world.rows(self.batch.y)
+            self._similar = losses.similarity_target(y, self.state.num_classes)
         return self._similar
