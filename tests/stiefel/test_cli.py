@@ -192,6 +192,33 @@ def test_an_interrupted_command_exits_with_130(small, tmp_path, monkeypatch):
     assert "interrupted" in result.stderr
 
 
+INTERRUPTED = """
+import os, signal, sys
+import stiefel.__main__ as command
+sys.argv[1:] = ["doctor"]
+ask = lambda *_: os.kill(os.getpid(), signal.{name})
+{when}
+command.main()
+"""
+LOADING = "sys.meta_path.insert(0, type('Finder', (), {'find_spec': ask}))"
+WORKING = "import stiefel.cli; stiefel.cli.doctor = ask"
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize(
+    ("when", "says"),
+    [
+        (LOADING, "interrupted before it began"),
+        pytest.param(WORKING, "interrupted; what was finished is kept", marks=pytest.mark.slow),
+    ],
+    ids=["loading", "working"],
+)
+def test_a_signal_ends_a_command_with_one_line_and_130_at_any_time(name, when, says):
+    script = INTERRUPTED.format(name=name, when=when)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, f"stiefel: {says}\n")
+
+
 @pytest.mark.slow
 def test_the_module_is_the_command():
     done = subprocess.run(
