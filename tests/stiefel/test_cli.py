@@ -79,6 +79,7 @@ def test_train_export_evaluate_inspect_and_bench_take_on_what_convert_wrote(dens
     assert result.exit_code == 0, result.output
     history = json.loads((tmp_path / "history.json").read_text())
     assert len(history["records"]) == 1
+    assert f"Test accuracy {100 * history['best_accuracy']:.2f} %. Wrote" in result.stdout
 
     result = stiefel("evaluate", trained, "--data", "digits", "--json", tmp_path / "accuracy.json")
     assert result.exit_code == 0, result.output
@@ -143,6 +144,22 @@ NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA")
         (2, ("convert", "-o", "OUT"), "name a model"),
         (2, ("convert", "DENSE", "--scheme", "diagonal", "-o", "OUT"), "--scheme"),
         (2, ("train-local", "SMALL", "--data", "digits", "--epochs", "0", "-o", "OUT"), "--epochs"),
+        (
+            2,
+            (
+                "train-local",
+                "SMALL",
+                "--data",
+                "digits",
+                "--rule",
+                "dfa",
+                "--beta",
+                "1",
+                "-o",
+                "OUT",
+            ),
+            "--beta is not for --rule dfa",
+        ),
         (1, ("train-local", "SMALL", "--data", "digtis", "-o", "OUT"), "digits"),
         (1, ("train-local", "DENSE", "--data", "digits", "-o", "OUT"), "factored"),
         (1, ("train-local", "SMALL", "--data", "fake:3x8x8", "-o", "OUT"), "channel"),
