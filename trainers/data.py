@@ -82,7 +82,8 @@ def load_data(
     if sources.fixed_shape and expected.shape != sources.input.shape:
         raise StiefelError(
             f"images of {spec} are {_x(sources.input.shape)}, the model expects "
-            f"{_x(expected.shape)}; give the model matching arguments (in_channels, size)"
+            f"{_x(expected.shape)}; give the model matching arguments (in_channels, size), or its "
+            "own input shape where that is another"
         )
     if expected.shape[0] not in CHANNEL_MODES:
         raise StiefelError(f"the model expects {expected.shape[0]} channels; images have 1, 3 or 4")
