@@ -7,61 +7,43 @@ history = stiefel.train_local(small, data, rule=stiefel.SSA(), teacher=model)
 stiefel.export_onnx(small, "small.onnx")
 """
 
+from importlib import import_module
 from importlib.metadata import version
-
-from converter.calibration import Calibration
-from converter.checkpoints import load_any, load_factored, save_dense, save_factored
-from converter.convert import convert, plan
-from converter.errors import StiefelError
-from converter.inspect import inspect
-from converter.models import load
-from converter.ranks import Budget, Energy, Fixed, Fraction, RankPlan
-from converter.specs import InputSpec, ModelSpec, spec_of
-from export.bench import BenchSettings, bench
-from export.compact import compact
-from export.doctor import doctor
-from export.onnx import OnnxSettings, export_onnx
-from export.safetensors import export_safetensors
-from trainers.data import Data, images, load_data
-from trainers.evaluate import evaluate
-from trainers.rules import BP, DFA, SSA
-from trainers.trainer import TrainSettings, train_local
+from typing import Any
 
 __version__ = version("stiefel")
 
-__all__ = [
-    "BP",
-    "DFA",
-    "SSA",
-    "BenchSettings",
-    "Budget",
-    "Calibration",
-    "Data",
-    "Energy",
-    "Fixed",
-    "Fraction",
-    "InputSpec",
-    "ModelSpec",
-    "OnnxSettings",
-    "RankPlan",
-    "StiefelError",
-    "TrainSettings",
-    "bench",
-    "compact",
-    "convert",
-    "doctor",
-    "evaluate",
-    "export_onnx",
-    "export_safetensors",
-    "images",
-    "inspect",
-    "load",
-    "load_any",
-    "load_data",
-    "load_factored",
-    "plan",
-    "save_dense",
-    "save_factored",
-    "spec_of",
-    "train_local",
-]
+_HOMES = {
+    "converter.calibration": "Calibration",
+    "converter.checkpoints": "load_any load_factored save_dense save_factored",
+    "converter.convert": "convert plan",
+    "converter.errors": "StiefelError",
+    "converter.inspect": "inspect",
+    "converter.models": "load",
+    "converter.ranks": "Budget Energy Fixed Fraction RankPlan",
+    "converter.specs": "InputSpec ModelSpec spec_of",
+    "export.bench": "BenchSettings bench",
+    "export.compact": "compact",
+    "export.doctor": "doctor",
+    "export.onnx": "OnnxSettings export_onnx",
+    "export.safetensors": "export_safetensors",
+    "trainers.data": "Data images load_data",
+    "trainers.evaluate": "evaluate",
+    "trainers.rules": "BP DFA SSA",
+    "trainers.trainer": "TrainSettings train_local",
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    """Fetched when first asked for: torch takes seconds to load."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'stiefel' has no attribute '{name}'")
+    globals()[name] = value = getattr(import_module(_HOME[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -175,6 +175,9 @@ def train_command(path: Path, rule: str, **values: Any) -> None:
     model = load_any(path)
     settings = collect(TrainSettings, values)
     chosen = collect(RULES[rule], values)
+    own = given(RULES[rule], values)
+    if unused := [o for other in RULES.values() for o in given(other, values) if o not in own]:
+        raise click.UsageError(f"{unused[0]} is not for --rule {rule}")
     data = open_data(data_section(values), model, seed=settings.seed)
     teacher = values["teacher"] and load_teacher(values["teacher"], model, console.note)
     output = values["output"]
@@ -195,11 +198,13 @@ def train_command(path: Path, rule: str, **values: Any) -> None:
         raise KeyboardInterrupt
     if is_main_process():
         done = {"step": "train-local", "rule": rule}
-        done["accuracy"] = history.records[-1]["test_accuracy"]
+        done["accuracy"] = last = history.records[-1]["test_accuracy"]
         save_factored(model, output, history=done)
         if history.diagnostics:
             draw_diagnostics(history.diagnostics, out / "diagnostics.png")
-        console.show(f"Best test accuracy {100 * history.best_accuracy:.2f} %. Wrote {output}.")
+        best = f"{100 * history.best_accuracy:.2f} %, in {out / 'best.safetensors'}"
+        better = f" (best: {best})" if history.best_accuracy > last else ""
+        console.show(f"Test accuracy {100 * last:.2f} %{better}. Wrote {output}.")
     write_json(values["json_file"], history)
 
 

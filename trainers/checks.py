@@ -7,7 +7,8 @@ from torch.utils.data import Dataset
 from converter.errors import StiefelError
 from converter.factors import factored_layers
 from converter.specs import spec_of
-from trainers.data import Data
+from trainers.data import Data, epoch_order
+from trainers.image_set import reading
 from trainers.rules import SSA, RuleSettings
 
 
@@ -23,10 +24,19 @@ def check_data(data: Data) -> None:
         labels = known_labels(dataset)
         if labels is not None:
             check_labels(labels, len(data.classes), f"{data.name}, {part} images")
-    labels = known_labels(data.train)
-    classes = len(data.classes) if labels is None else len(labels.unique())
-    if classes < 2:
+    if not _several_classes(data.train):
         raise StiefelError(f"{data.name} has training images of one class only; two are needed")
+
+
+def _several_classes(dataset: Dataset) -> bool:
+    labels = known_labels(dataset)
+    if labels is not None:
+        return len(labels.unique()) > 1
+    # In a random order a second class is soon met, where there is one.
+    with reading():
+        first, *rest = epoch_order(len(dataset), 0, 0).tolist()
+        one = int(dataset[first][1])
+        return any(int(dataset[index][1]) != one for index in rest)
 
 
 def known_labels(dataset: Dataset) -> Tensor | None:

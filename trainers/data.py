@@ -5,6 +5,7 @@ iterate over one so that a resumed run repeats exactly. Nothing is ever download
 """
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from trainers.image_set import (
     balanced_subset,
     batches,
     epoch_order,
+    reading,
 )
 from trainers.sources import CHANNEL_MODES, KINDS, Source
 
@@ -80,7 +82,8 @@ def load_data(
     if sources.fixed_shape and expected.shape != sources.input.shape:
         raise StiefelError(
             f"images of {spec} are {_x(sources.input.shape)}, the model expects "
-            f"{_x(expected.shape)}; give the model matching arguments (in_channels, size)"
+            f"{_x(expected.shape)}; give the model matching arguments (in_channels, size), or its "
+            "own input shape where that is another"
         )
     if expected.shape[0] not in CHANNEL_MODES:
         raise StiefelError(f"the model expects {expected.shape[0]} channels; images have 1, 3 or 4")
@@ -113,8 +116,9 @@ def examples(dataset: Dataset[Item], count: int, seed: int = 0) -> tuple[Tensor,
     if isinstance(dataset, ImageSet):
         return dataset.plain().limited(count, seed).batch(range(min(count, len(dataset))))
     order = epoch_order(len(dataset), seed, 0)[:count]  # type: ignore[arg-type]
-    x, y = zip(*(dataset[index] for index in order.tolist()), strict=True)
-    return torch.stack(x), torch.tensor([int(label) for label in y])
+    with reading():
+        x, y = zip(*(dataset[index] for index in order.tolist()), strict=True)
+        return torch.stack(x), torch.tensor([int(label) for label in y])
 
 
 def _from_factory(
@@ -152,7 +156,14 @@ def _is_item(item: Any) -> bool:
         and isinstance(item[0], Tensor)
         and item[0].dim() == 3
         and item[0].is_floating_point()
+        and _is_whole(item[1])
     )
+
+
+def _is_whole(label: Any) -> bool:
+    if isinstance(label, Tensor):
+        return label.ndim == 0 and not label.is_floating_point()
+    return isinstance(label, Integral)
 
 
 def _limited(dataset: Dataset[Item], limit: int | None, seed: int) -> Dataset[Item]:
@@ -167,7 +178,8 @@ def _limited(dataset: Dataset[Item], limit: int | None, seed: int) -> Dataset[It
 def _labels(dataset: Any) -> Tensor:
     known = getattr(dataset, "targets", None)
     if known is None:
-        known = [int(dataset[index][1]) for index in range(len(dataset))]
+        with reading():
+            known = [int(dataset[index][1]) for index in range(len(dataset))]
     return torch.as_tensor(known, dtype=torch.int64)
 
 

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from converter.errors import StiefelError
 
@@ -54,6 +55,11 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
     if precision == "fp32":
         return nullcontext()
     return torch.autocast(device.type, dtype=_LOW[precision])
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """At least float32: for means and norms, whatever autocast yields."""
+    return tensor.float() if tensor.dtype in _LOW.values() else tensor
 
 
 def peak_memory_mib(device: torch.device) -> float | None:

@@ -128,14 +128,14 @@ class Diagnostics:
     def _features(self, cuts: Cuts, images: Labelled) -> dict[str, tuple[Tensor, Tensor | None]]:
         """Root → pooled features (N, D) and the read-out's logits (N, C), on the CPU."""
         found: dict[str, list[tuple[Tensor, Tensor | None]]] = {}
-        pool = getattr(getattr(self.rule, "settings", None), "pool", _POOL)
         feedback = getattr(self.state, "feedback", [])
 
         def visit(index: int, roots: tuple[Tensor, ...], logits: Tensor | None) -> None:
             mine = feedback[index] if index < len(feedback) else []
+            seen = self.state.features(index, roots) if len(mine) else []
             for place, (root, h) in enumerate(zip(cuts.blocks[index].roots, roots, strict=True)):
-                z = root.pooled(h, pool)
-                read = _read_out(mine[place], z) if place < len(mine) else logits
+                z = root.pooled(h, _POOL)
+                read = _read_out(mine[place], seen[place]) if len(mine) else logits
                 pair = z.float().cpu(), None if read is None else read.float().cpu()
                 found.setdefault(root.name, []).append(pair)
 

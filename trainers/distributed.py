@@ -1,8 +1,9 @@
 """Several processes on one batch: each takes its share of the images, gradients are averaged.
 
 `torchrun --nproc-per-node N -m stiefel train-local …` starts N processes; each finds its place in
-the environment. Batch statistics (batch norm, similarity matching) are of each process's own share,
-unless batch norm is synchronised; with neither, N processes compute what one would.
+the environment. The losses are of the whole batch: what they take from all its images together, as
+similarity matching does, is exchanged. So N processes compute what one would but for batch norm,
+whose statistics are of each process's own share unless it is synchronised, and for dropout.
 """
 
 import os
@@ -11,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from converter.errors import StiefelError
+from trainers.device import wide
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,12 @@ class World:
 
     rank: int = 0
     size: int = 1
+
+    @classmethod
+    def here(cls) -> Self:
+        """Where this process stands now."""
+        joined = dist.is_available() and dist.is_initialized()
+        return cls(dist.get_rank(), dist.get_world_size()) if joined else cls()
 
     @property
     def is_main(self) -> bool:
@@ -38,6 +46,26 @@ class World:
         if self.size > 1:
             dist.all_reduce(values)
         return values
+
+    def rows(self, mine: Tensor) -> Tensor:
+        """(N, ...) of each process, one below the other; gradients come back from all of them."""
+        return mine if self.size == 1 else _Gather.apply(wide(mine), self).flatten(0, 1)
+
+    def variance(self, mine: Tensor) -> Tensor:
+        """0-d, of all values that the processes hold, equally many each."""
+        mine = wide(mine)
+        if self.size == 1:
+            return mine.var()
+        variance, _ = self.moments(*torch.var_mean(mine, correction=0))
+        count = mine.numel() * self.size
+        return variance * (count / (count - 1))
+
+    def moments(self, variance: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of all processes' values together, from the (biased) ones of each."""
+        variances, means = _Gather.apply(torch.stack((variance, mean)), self).unbind(1)
+        mean = means.mean(0)
+        # The parallel form of the variance: sums of squares would cancel.
+        return (variances + (means - mean).square()).mean(0), mean
 
     def gather(self, value: Any) -> list[Any]:
         """Every process's value, by rank."""
@@ -78,7 +106,7 @@ def join_world(device: torch.device) -> Iterator[World]:
         StiefelError: torchrun's environment is there but the processes can't find each other.
     """
     if dist.is_initialized():
-        yield World(dist.get_rank(), dist.get_world_size())
+        yield World.here()
         return
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         yield World()
@@ -91,7 +119,7 @@ def join_world(device: torch.device) -> Iterator[World]:
         reason = str(error).strip().splitlines()[0]
         raise StiefelError(f"the processes can't find each other: {reason}") from error
     try:
-        yield World(dist.get_rank(), dist.get_world_size())
+        yield World.here()
     finally:
         dist.destroy_process_group()
 
@@ -183,12 +211,8 @@ def _synchronised_forward(norm: _BatchNorm, world: World, x: Tensor) -> Tensor:
     if not norm.training:
         return _BatchNorm.forward(norm, x)
     axes = [0, *range(2, x.ndim)]
-    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    local = torch.stack(torch.var_mean(wide, axes, correction=0))
-    variances, means = _Gather.apply(local, world).unbind(1)
-    mean = means.mean(0)
-    # The parallel form of the variance: sums of squares would cancel.
-    variance = (variances + (means - mean).square()).mean(0)
+    values = wide(x)
+    variance, mean = world.moments(*torch.var_mean(values, axes, correction=0))
     if norm.track_running_stats:
         _update_running(
             norm, mean.detach(), variance.detach(), x.numel() // x.shape[1] * world.size
@@ -197,7 +221,7 @@ def _synchronised_forward(norm: _BatchNorm, world: World, x: Tensor) -> Tensor:
     scale = scale if norm.weight is None else scale * norm.weight
     shift = -mean * scale if norm.bias is None else norm.bias - mean * scale
     shape = (1, -1) + (1,) * (x.ndim - 2)
-    return torch.addcmul(shift.view(shape), wide, scale.view(shape)).to(x.dtype)
+    return torch.addcmul(shift.view(shape), values, scale.view(shape)).to(x.dtype)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ processes. A plain DataLoader over the set gives the same items.
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -226,12 +227,21 @@ def batches(
         pin_memory=pin_memory,
         generator=torch.Generator().manual_seed(seed),
     )
-    try:
+    with reading():
         yield from ((x, torch.as_tensor(y)) for x, y in loader)
-    except StiefelError as error:
-        # A worker wraps the message in its traceback; the last line is ours.
-        line = str(error).strip().splitlines()[-1]
-        raise StiefelError(line.partition("StiefelError: ")[2] or line) from error
+
+
+@contextmanager
+def reading() -> Iterator[None]:
+    """Turn whatever a data set of somebody's own raises into one line."""
+    try:
+        yield
+    except Exception as error:
+        # A worker wraps the message in its traceback, of which it is the last line.
+        kind, line = type(error).__name__, (str(error).strip().splitlines() or [""])[-1]
+        line = line.partition(f"{kind}: ")[2] or line
+        ours = isinstance(error, StiefelError)
+        raise StiefelError(line if ours else f"the data set failed: {kind}: {line}") from error
 
 
 def balanced_subset(labels: Tensor, count: int, seed: int) -> Tensor:

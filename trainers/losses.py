@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trainers.device import wide
+
 
 def cross_entropy(logits: Tensor, y: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Mean cross-entropy of logits (N, C) with y, (N,) indices or (N, C) probabilities."""
@@ -17,13 +19,13 @@ def probabilities(y: Tensor, num_classes: int, label_smoothing: float = 0.0) -> 
     """Targets (N, C) float32 from (N,) indices or (N, C) probabilities, smoothed."""
     if y.ndim == 1:
         y = F.one_hot(y, num_classes)
-    y = _wide(y if y.is_floating_point() else y.float())
+    y = wide(y if y.is_floating_point() else y.float())
     return y * (1 - label_smoothing) + label_smoothing / num_classes if label_smoothing else y
 
 
 def output_error(logits: Tensor, y: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """e = softmax(logits) − target, (N, C): N times the gradient of the mean cross-entropy."""
-    return _wide(logits).softmax(-1) - probabilities(y, logits.shape[-1], label_smoothing)
+    return wide(logits).softmax(-1) - probabilities(y, logits.shape[-1], label_smoothing)
 
 
 def similarity_target(y: Tensor, num_classes: int) -> Tensor:
@@ -41,15 +43,20 @@ def similarity_matching(z: Tensor, target: Tensor) -> Tensor:
         z: (N, D) features.
         target: (N, N), from `similarity_target`.
     """
-    z = _wide(z)
+    z = wide(z)
     z = F.normalize(z - z.mean(dim=0), dim=1)
-    return F.mse_loss(_wide(z @ z.mT), target)
+    return F.mse_loss(wide(z @ z.mT), target)
 
 
-def distillation(h: Tensor, target: Tensor) -> Tensor:
-    """mean[(h − target)²] / var(target): 0 when equal, 1 for the best constant. Any one shape."""
-    h, target = _wide(h), _wide(target)
-    return F.mse_loss(h, target) / target.var().clamp_min(torch.finfo(target.dtype).tiny)
+def distillation(h: Tensor, target: Tensor, variance: Tensor | None = None) -> Tensor:
+    """mean[(h − target)²] / var(target): 0 when equal, 1 for the best constant. Any one shape.
+
+    Args:
+        variance: 0-d, of all targets where these are a share of them; by default these targets'.
+    """
+    h, target = wide(h), wide(target)
+    variance = target.var() if variance is None else variance
+    return F.mse_loss(h, target) / variance.clamp_min(torch.finfo(target.dtype).tiny)
 
 
 def alignment(U: Tensor, directions: Tensor) -> Tensor:
@@ -59,13 +66,13 @@ def alignment(U: Tensor, directions: Tensor) -> Tensor:
         U: (m, r) with orthonormal columns.
         directions: P (m, k), orthonormal columns: the feedback's subspace.
     """
-    overlap = _wide(U.mT @ directions).square().sum()
+    overlap = wide(U.mT @ directions).square().sum()
     return 1 - overlap / min(U.shape[-1], directions.shape[-1])
 
 
 def orthogonality(U: Tensor) -> Tensor:
     """‖UᵀU − I‖²_F, of U (..., m, r), summed over leading axes."""
-    gram = _wide(U.mT @ U)
+    gram = wide(U.mT @ U)
     return (gram - torch.eye(U.shape[-1], dtype=gram.dtype, device=gram.device)).square().sum()
 
 
@@ -74,7 +81,7 @@ def cosine(z: Tensor, feedback: Tensor) -> Tensor:
 
     `feedback` is B applied to the target: what the block's output would be moved towards.
     """
-    return 1 - F.cosine_similarity(_wide(z), _wide(feedback), dim=1).mean()
+    return 1 - F.cosine_similarity(wide(z), wide(feedback), dim=1).mean()
 
 
 def hoyer(S: Tensor) -> Tensor:
@@ -83,14 +90,9 @@ def hoyer(S: Tensor) -> Tensor:
     Args:
         S: (..., r); leading axes are averaged over. 0 where r is 1.
     """
-    S = _wide(S)
+    S = wide(S)
     rank = S.shape[-1]
     if rank == 1:
         return S.sum() * 0
     ratio = S.abs().sum(-1) / S.norm(dim=-1).clamp_min(torch.finfo(S.dtype).tiny)
     return ((ratio - 1) / (rank**0.5 - 1)).mean()
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """At least float32."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

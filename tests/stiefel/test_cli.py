@@ -80,6 +80,7 @@ def test_train_export_evaluate_inspect_and_bench_take_on_what_convert_wrote(dens
     assert result.exit_code == 0, result.output
     history = json.loads((tmp_path / "history.json").read_text())
     assert len(history["records"]) == 1
+    assert f"Test accuracy {100 * history['best_accuracy']:.2f} %. Wrote" in result.stdout
 
     result = stiefel("evaluate", trained, "--data", "digits", "--json", tmp_path / "accuracy.json")
     assert result.exit_code == 0, result.output
@@ -166,6 +167,22 @@ NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA")
         (2, ("convert", "-o", "OUT"), "name a model"),
         (2, ("convert", "DENSE", "--scheme", "diagonal", "-o", "OUT"), "--scheme"),
         (2, ("train-local", "SMALL", "--data", "digits", "--epochs", "0", "-o", "OUT"), "--epochs"),
+        (
+            2,
+            (
+                "train-local",
+                "SMALL",
+                "--data",
+                "digits",
+                "--rule",
+                "dfa",
+                "--beta",
+                "1",
+                "-o",
+                "OUT",
+            ),
+            "--beta is not for --rule dfa",
+        ),
         (1, ("train-local", "SMALL", "--data", "digtis", "-o", "OUT"), "digits"),
         (1, ("train-local", "DENSE", "--data", "digits", "-o", "OUT"), "factored"),
         (1, ("train-local", "SMALL", "--data", "fake:3x8x8", "-o", "OUT"), "channel"),
@@ -216,6 +233,33 @@ def test_an_interrupted_command_exits_with_130(small, tmp_path, monkeypatch):
     result = stiefel("evaluate", small, "--data", "digits")
     assert result.exit_code == 130
     assert "interrupted" in result.stderr
+
+
+INTERRUPTED = """
+import os, signal, sys
+import stiefel.__main__ as command
+sys.argv[1:] = ["doctor"]
+ask = lambda *_: os.kill(os.getpid(), signal.{name})
+{when}
+command.main()
+"""
+LOADING = "sys.meta_path.insert(0, type('Finder', (), {'find_spec': ask}))"
+WORKING = "import stiefel.cli; stiefel.cli.doctor = ask"
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize(
+    ("when", "says"),
+    [
+        (LOADING, "interrupted before it began"),
+        pytest.param(WORKING, "interrupted; what was finished is kept", marks=pytest.mark.slow),
+    ],
+    ids=["loading", "working"],
+)
+def test_a_signal_ends_a_command_with_one_line_and_130_at_any_time(name, when, says):
+    script = INTERRUPTED.format(name=name, when=when)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, f"stiefel: {says}\n")
 
 
 @pytest.mark.slow

@@ -295,10 +295,15 @@ def test_cuts_are_described_as_plain_data(factored, images):
     )
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(("sides", "grid"), [((8, 8), 4), ((7, 7), 4), ((6, 9), 3), ((2, 2), 4)])
-def test_pooling_is_adaptive_pooling_whatever_the_sides(sides, grid):
+def test_pooling_is_adaptive_pooling_whatever_the_sides(sides, grid, layout):
     root = Root("h", (5, *sides), "map")
-    h = torch.randn(3, 5, *sides, dtype=torch.float64)
+    h = torch.randn(3, 5, *sides, dtype=torch.float64).to(memory_format=layout).requires_grad_()
     expected = F.adaptive_avg_pool2d(h, tuple(min(grid, side) for side in sides)).flatten(1)
-    torch.testing.assert_close(root.pooled(h, grid), expected)
+    z, signal = root.pooled(h, grid), torch.randn_like(expected)
+    torch.testing.assert_close(z, expected)
     assert expected.shape[1] == root.features(grid)
+    wanted, found = (torch.autograd.grad(y, h, signal)[0] for y in (expected, z))
+    torch.testing.assert_close(found, wanted)
+    assert found.is_contiguous(memory_format=layout)

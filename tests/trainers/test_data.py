@@ -253,6 +253,10 @@ def flat():
     x = torch.zeros(4, 7)
     return TensorDataset(x, torch.zeros(4)), TensorDataset(x, torch.zeros(4))
 
+def halves():
+    x = torch.zeros(4, 3, 4, 4)
+    return TensorDataset(x, torch.zeros(4) + 0.5), TensorDataset(x, torch.zeros(4) + 0.5)
+
 def fails():
     raise OSError("the disk is on fire")
 """
@@ -278,6 +282,7 @@ def test_a_factory_gives_data_sets_of_one_s_own(factory):
     [
         ("wrong", "returned a int, not"),
         ("flat", "must give items"),
+        ("halves", "int label"),
         ("fails", "the disk is on fire"),
         ("gone", "gone"),
     ],

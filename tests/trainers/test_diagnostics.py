@@ -140,6 +140,7 @@ def test_rank_and_departure_are_the_layers_own(data):
     ("rule", "reads"),
     [
         (SSA(), True),
+        (SSA(readout=1000), True),
         (SSA(feedback="kolen-pollack"), True),
         (SSA(feedback="kolen-pollack", error="global"), False),
         (DFA(), False),

@@ -25,13 +25,15 @@ from trainers.rules import BP, DFA, SSA
 from trainers.trainer import TrainSettings, train_local
 
 FALLING = RankSchedule(final="0.2", start=2, end=2, floor=2)
-# With one similarity matrix to a process, two processes would compute something else.
 RUNS = {
     "bp": (BP(), {"clip": 1.0}),
-    "ssa": (SSA(similarity=0.0), {"ranks": FALLING, "retract_every": 2}),
-    "ssa, distilled, accumulated": (SSA(cross_entropy=1.0, similarity=0.0), {"accumulate": 2}),
+    "ssa": (SSA(), {"ranks": FALLING, "retract_every": 2}),
+    "ssa, all terms": (SSA(alpha=0.1, beta=0.1, cosine=0.1, hoyer=0.1), {"label_smoothing": 0.1}),
+    "ssa, global": (SSA(error="global", similarity=1.0), {}),
+    "taught": (SSA(), {}),
+    "taught, accumulated": (SSA(cross_entropy=1.0, similarity=4.0), {"accumulate": 2}),
     "dfa": (DFA(storage="recomputed"), {"optimizer": "adamw", "lr": 1e-3}),
-    "looked at": (SSA(similarity=0.0), {"ranks": FALLING, "retract_every": 2, "diagnostics": 1}),
+    "looked at": (SSA(), {"ranks": FALLING, "retract_every": 2, "diagnostics": 1}),
 }
 # What each process draws or counts for itself, one process would draw and count otherwise.
 OWN = {
@@ -41,10 +43,10 @@ OWN = {
 }
 
 
-def network(dropout: float = 0.0) -> nn.Module:
-    torch.manual_seed(1)
+def dense(dropout: float = 0.0, seed: int = 1) -> nn.Module:
+    torch.manual_seed(seed)
     # Without biases before batch norms: their gradients are noise, which Adam would blow up.
-    dense = nn.Sequential(
+    return nn.Sequential(
         nn.Conv2d(1, 24, 3, padding=1, bias=False),
         nn.BatchNorm2d(24),
         nn.ReLU(),
@@ -55,7 +57,6 @@ def network(dropout: float = 0.0) -> nn.Module:
         nn.Flatten(),
         nn.Linear(384, 10),
     )
-    return convert(dense, plan(dense, "0.4"))
 
 
 def train(name: str, out: Path | None, batch_norm: str = "sync", **options):
@@ -68,10 +69,13 @@ def train(name: str, out: Path | None, batch_norm: str = "sync", **options):
         "batch_norm": batch_norm,
     }
     chosen = {**plain, "device": "cpu", "log_every": 1, "warmup": 0, **changes}
-    model = network(0.3 if name in ("dropout", "interrupted") else 0.0)
+    original = dense(0.3 if name in ("dropout", "interrupted") else 0.0)
+    model = convert(original, plan(original, "0.4"))
+    teacher = dense(seed=2) if "taught" in name else None
     data = load_data("digits", limit_train=72, limit_test=41)
     settings = TrainSettings(**chosen)
-    history = train_local(model, data, rule=rule, settings=settings, out=out, **options)
+    rest = {"settings": settings, "teacher": teacher, "out": out}
+    history = train_local(model, data, rule=rule, **rest, **options)
     return model.state_dict(), history
 
 

@@ -251,6 +251,23 @@ def test_the_feedback_has_the_rank_of_the_layer(factored, images):
     assert ranks == [5, 2, 4]  # the first convolution is dense; five classes
 
 
+@pytest.mark.parametrize("rule", [SSA, DFA])
+def test_feedback_that_would_be_too_large_sees_a_coarser_grid(rule, factored, images, labels):
+    _, whole = start(rule(), factored("smallconv"), images)
+    assert {grid for grids in whole.grids for grid in grids} == {4}
+    network, most = factored("smallconv"), 1000
+    learner, state = start(rule(readout=most), network, images)
+    for index, (modules, grids) in enumerate(zip(state.feedback, state.grids, strict=False)):
+        for module, root, grid in zip(modules, state.cuts.blocks[index].roots, grids, strict=False):
+            features, rank = next(iter(module.state_dict().values())).shape
+            assert features == root.features(grid)
+            assert grid == 1 or features * rank <= most
+            assert grid == 4 or root.features(2 * grid) * rank > most
+    assert {1, 2} < {grid for grids in state.grids for grid in grids}
+    result = learner.step(network, state, images, labels)
+    assert torch.isfinite(torch.stack([*result.per_block.values()])).all()
+
+
 def test_settings_are_plain_data_and_strict():
     settings = SSA(error="global", alpha=0.5)
     assert SSA.model_validate(json.loads(settings.model_dump_json())) == settings

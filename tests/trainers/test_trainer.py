@@ -49,6 +49,14 @@ class Secretive(Dataset):
         return self.held[index]
 
 
+class Ragged(Secretive):
+    """Its images are of two sizes."""
+
+    def __getitem__(self, index):
+        image, label = self.held[index]
+        return image[:, : 7 + label % 2], label
+
+
 @pytest.fixture(scope="module")
 def data() -> Data:
     return load_data("digits", limit_train=96, limit_test=40)
@@ -267,6 +275,8 @@ def test_the_rate_rises_over_the_warmup_and_falls_by_its_schedule(schedule):
         (own(Images([0, 1]), Images([0, 12])), "own, test images: label 12 is outside"),
         (own(Images([0.5, 1.0])), "labels must be whole numbers"),
         (own(Secretive([0, 1, 2, 17] * 4)), "label 17 is outside the 10 classes"),
+        (own(Secretive([3] * 20)), "one class only"),
+        (own(Ragged(range(10))), "the data set failed: RuntimeError: stack expects"),
         (own(Images(range(10), (3, 8, 8))), "can't take images 3x8x8"),
         (own(Images(range(10), (1, 16, 16))), "can't take images 1x16x16"),
         (own(Images(range(12)), classes=12), "12 classes, the network tells 10 apart"),

@@ -3,8 +3,9 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
@@ -55,6 +56,12 @@ class Root:
             return channels * min(grid, sides[0]) * min(grid, sides[1])
         return self.shape[-1] if self.layout == "tokens" else math.prod(self.shape)
 
+    def grid(self, side: int, most: int) -> int:
+        """The largest of side, side // 2, … 1 that gives at most `most` features, or 1."""
+        while side > 1 and self.features(side) > most:
+            side //= 2
+        return side
+
     @property
     def channels(self) -> int:
         """The axis on which a layer's outputs lie."""
@@ -79,10 +86,34 @@ class Root:
             rows, columns = min(grid, height), min(grid, width)
             if height % rows == 0 and width % columns == 0:
                 # The same means; unlike adaptive pooling, it repeats bit for bit on CUDA.
-                h = F.avg_pool2d(h, (height // rows, width // columns))
+                h = _CellMeans.apply(h, (height // rows, width // columns))
             else:
                 h = F.adaptive_avg_pool2d(h, (rows, columns))
         return h.flatten(1)
+
+
+class _CellMeans(torch.autograd.Function):
+    """Average pooling without padding, whose backward needs no copy of the maps.
+
+    torch's own holds them for their shape alone, and reorders them where they are channels-last.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, cell: tuple[int, int]) -> Tensor:
+        ctx.cell, ctx.shape = cell, h.shape
+        last = h.is_contiguous(memory_format=torch.channels_last)
+        ctx.layout = torch.channels_last if last else torch.contiguous_format
+        return F.avg_pool2d(h, cell)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        height, width = ctx.cell
+        shares = (gradient / (height * width)).contiguous(memory_format=ctx.layout)
+        options = {"dtype": shares.dtype, "device": shares.device}
+        spread = torch.empty(ctx.shape, memory_format=ctx.layout, **options)
+        cells = spread.unflatten(3, (-1, width)).unflatten(2, (-1, height))
+        cells.copy_(shares[:, :, :, None, :, None])
+        return spread, None
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from trainers.feedback import DenseFeedback
 from trainers.rules.interface import StepResult
-from trainers.rules.local import Batch, LocalState, cut_network
+from trainers.rules.local import Batch, LocalState, choose_grids, cut_network
 from trainers.rules.passes import GLOBAL_PASSES
 from trainers.rules.settings import DFA
 
@@ -26,14 +26,16 @@ class DirectFeedback:
     ) -> nn.Module:
         """See `Rule.init`; a teacher is of no use here."""
         cuts, _ = cut_network(network, example, self.settings)
+        blocks = cuts.blocks[:-1]
+        grids = choose_grids(cuts, self.settings, [num_classes] * len(blocks))
         feedback = [
             [
-                DenseFeedback(root.features(self.settings.pool), num_classes, generator)
-                for root in block.roots
+                DenseFeedback(root.features(grid), num_classes, generator)
+                for root, grid in zip(block.roots, sides, strict=True)
             ]
-            for block in cuts.blocks[:-1]
+            for block, sides in zip(blocks, grids, strict=False)
         ]
-        return LocalState(cuts, feedback).to(example.device)
+        return LocalState(cuts, grids, feedback).to(example.device)
 
     def step(
         self,
@@ -53,10 +55,7 @@ class DirectFeedback:
         ) -> Tensor:
             if logits is not None:
                 return batch.cross_entropy(logits)
-            places = zip(state.cuts.blocks[index].roots, roots, state.feedback[index], strict=True)
-            return sum(
-                feedback.global_loss(root.pooled(h, self.settings.pool), error, y)
-                for root, h, feedback in places
-            )
+            places = zip(state.features(index, roots), state.feedback[index], strict=True)
+            return sum(feedback.global_loss(z, error, y) for z, feedback in places)
 
         return GLOBAL_PASSES[self.settings.storage](network, state.cuts, x, batch, block_loss)

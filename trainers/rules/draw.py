@@ -7,7 +7,7 @@ from converter.decompose import Factors
 from trainers.cuts import Cuts, Root
 from trainers.cuts.graph import in_mode
 from trainers.feedback import KolenPollack, StructuredFeedback, fitted_factors, random_factors
-from trainers.rules.local import block_rank
+from trainers.rules.local import block_rank, choose_grids, pooled
 from trainers.rules.settings import SSA
 
 
@@ -18,16 +18,18 @@ def draw_feedback(
     example: Tensor,
     num_classes: int,
     generator: torch.Generator,
-) -> list[list[nn.Module]]:
-    """Modules with `local_loss`, `global_loss` and `back`; an empty list for the last block.
+) -> tuple[list[list[int]], list[list[nn.Module]]]:
+    """Sides of the grids, and modules with `local_loss`, `global_loss` and `back`; one each a root.
 
     The rank is the layer's, at most the number of classes. The output head is the last block's
-    read-out, so it needs no other.
+    read-out, so it needs no other: its list of modules is empty.
     """
-    fitted = iter(_fit(settings, network, cuts, example, num_classes))
+    ranks = [min(block_rank(network, block), num_classes) for block in cuts.blocks[:-1]]
+    grids = choose_grids(cuts, settings, ranks)
+    fitted = iter(_fit(settings, network, cuts, grids, example, num_classes))
 
-    def one(root: Root, rank: int) -> nn.Module:
-        features = root.features(settings.pool)
+    def one(root: Root, grid: int, rank: int) -> nn.Module:
+        features = root.features(grid)
         if settings.feedback == "calibrated":
             factors, bias = next(fitted)
             return StructuredFeedback(Factors(*_cut(factors, rank)), bias, learned=False)
@@ -39,15 +41,20 @@ def draw_feedback(
             return KolenPollack(factors)
         return KolenPollack(factors, random_factors(features, num_classes, rank, generator).U)
 
-    blocks = [
-        [one(root, block_rank(network, block)) for root in block.roots]
-        for block in cuts.blocks[:-1]
+    feedback = [
+        [one(root, grid, rank) for root, grid in zip(block.roots, sides, strict=True)]
+        for block, sides, rank in zip(cuts.blocks, grids, ranks, strict=False)
     ]
-    return [*blocks, []]
+    return grids, [*feedback, []]
 
 
 def _fit(
-    settings: SSA, network: nn.Module, cuts: Cuts, example: Tensor, num_classes: int
+    settings: SSA,
+    network: nn.Module,
+    cuts: Cuts,
+    grids: list[list[int]],
+    example: Tensor,
+    num_classes: int,
 ) -> list[tuple[Factors, Tensor]]:
     """Regress the network's own logits on each root's features, over the example."""
     if settings.feedback != "calibrated":
@@ -56,10 +63,7 @@ def _fit(
 
     def visit(index: int, roots: tuple[Tensor, ...], logits: Tensor | None) -> None:
         if logits is None:
-            metas = cuts.blocks[index].roots
-            features.extend(
-                root.pooled(h, settings.pool) for root, h in zip(metas, roots, strict=True)
-            )
+            features.extend(pooled(cuts, grids, index, roots))
 
     with in_mode(network, False), torch.no_grad():
         logits = cuts.run(example, visit)

@@ -10,6 +10,7 @@ from converter.errors import StiefelError
 from converter.factors import Factored
 from trainers.cuts import Block, Cuts, CutSettings, cut, cut_alike
 from trainers.losses import cross_entropy
+from trainers.rules.settings import FeedbackSettings
 
 
 @dataclass(frozen=True)
@@ -32,15 +33,25 @@ class LocalState(nn.Module):
         cuts: the network's blocks; not a part of the state_dict, `init` finds the same again.
         teacher: the dense original, cut alike, or None.
         feedback: one list of modules a block, one module a root.
+        grids: side of the grid to which each root is averaged, block by block.
     """
 
     def __init__(
-        self, cuts: Cuts, feedback: list[list[nn.Module]], teacher: Cuts | None = None
+        self,
+        cuts: Cuts,
+        grids: list[list[int]],
+        feedback: list[list[nn.Module]],
+        teacher: Cuts | None = None,
     ) -> None:
         super().__init__()
         self.cuts = cuts
+        self.grids = grids
         self.teacher = teacher
         self.feedback = nn.ModuleList(nn.ModuleList(modules) for modules in feedback)
+
+    def features(self, index: int, roots: tuple[Tensor, ...]) -> list[Tensor]:
+        """What read-outs and feedback see of a block's roots: (N, D) each."""
+        return pooled(self.cuts, self.grids, index, roots)
 
     def teach(self, x: Tensor) -> Iterator[tuple[tuple[Tensor, ...], Tensor | None]]:
         """Run the teacher one block for each `next`, without gradients: roots, and last logits."""
@@ -78,6 +89,27 @@ def block_rank(network: nn.Module, block: Block) -> int:
         return factored[-1].rank
     weights = [p for module in modules for p in module.parameters() if p.ndim > 1]
     return min(weights[-1].flatten(1).shape) if weights else 1
+
+
+def choose_grids(cuts: Cuts, settings: FeedbackSettings, ranks: list[int]) -> list[list[int]]:
+    """Side of each root's grid: `pool`, or less where the feedback of that rank would be too large.
+
+    Args:
+        ranks: of each block's feedback; the last block has none.
+    """
+    bounded = [
+        [root.grid(settings.pool, settings.readout // rank) for root in block.roots]
+        for block, rank in zip(cuts.blocks[:-1], ranks, strict=True)
+    ]
+    return [*bounded, [settings.pool] * len(cuts.blocks[-1].roots)]
+
+
+def pooled(
+    cuts: Cuts, grids: list[list[int]], index: int, roots: tuple[Tensor, ...]
+) -> list[Tensor]:
+    """Features (N, D) of each root of one block, averaged to its grid."""
+    places = zip(cuts.blocks[index].roots, grids[index], roots, strict=True)
+    return [root.pooled(h, grid) for root, grid, h in places]
 
 
 def backward(loss: Tensor, scale: float | Tensor) -> None:

@@ -8,7 +8,26 @@ from converter.errors import StiefelError
 from trainers.cuts.blocks import CutSettings
 
 
-class SSA(CutSettings):
+class FeedbackSettings(CutSettings):
+    """What a root's features and feedback hold, shared by every rule with feedback."""
+
+    pool: int = Field(
+        4, ge=1, description="side of the grid to which feature maps are averaged for the feedback"
+    )
+    readout: int = Field(
+        2**20,
+        ge=1,
+        description="most numbers in a root's feedback basis, features x rank; the grid's side is "
+        "halved while there are more, as there are with a thousand classes",
+    )
+    storage: Literal["stored", "recomputed"] = Field(
+        "stored",
+        description="with the output's error: keep all block graphs until it is known (stored), or "
+        "run a second forward in constant memory (recomputed)",
+    )
+
+
+class SSA(FeedbackSettings):
     """SVD-space alignment: local losses, structured feedback B = B_U diag(B_S) B_Vᵀ."""
 
     name: Literal["ssa"] = Field("ssa", description="rule: SVD-space alignment")
@@ -19,9 +38,6 @@ class SSA(CutSettings):
     )
     feedback: Literal["fixed", "learned", "calibrated", "kolen-pollack"] = Field(
         "learned", description="how the feedback matrices B come about"
-    )
-    pool: int = Field(
-        4, ge=1, description="side of the grid to which feature maps are averaged for the read-out"
     )
     cross_entropy: float | None = Field(
         None, ge=0, description="weight of the cross-entropy; default 1, or 0 with a teacher"
@@ -38,11 +54,6 @@ class SSA(CutSettings):
     beta: float = Field(0.0, ge=0, description="weight of the orthogonality penalty on U and V")
     cosine: float = Field(0.0, ge=0, description="weight of the cosine term, output to feedback")
     hoyer: float = Field(0.0, ge=0, description="weight of Hoyer sparsity on S")
-    storage: Literal["stored", "recomputed"] = Field(
-        "stored",
-        description="with the global error: keep all block graphs until the error is known "
-        "(stored), or run a second forward in constant memory (recomputed)",
-    )
 
     def resolved(self, with_teacher: bool) -> "SSA":
         """With every coefficient a number.
@@ -66,15 +77,7 @@ class SSA(CutSettings):
         return settings
 
 
-class DFA(CutSettings):
+class DFA(FeedbackSettings):
     """Direct feedback alignment (Nøkland 2016): the output error through dense random matrices."""
 
     name: Literal["dfa"] = Field("dfa", description="rule: direct feedback alignment")
-    pool: int = Field(
-        4, ge=1, description="side of the grid to which feature maps are averaged for the feedback"
-    )
-    storage: Literal["stored", "recomputed"] = Field(
-        "stored",
-        description="keep all block graphs until the output error is known (stored), or run a "
-        "second forward in constant memory (recomputed)",
-    )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from converter.factors import Factored
 from trainers import losses
 from trainers.cuts import Cuts, Root
+from trainers.distributed import World
 from trainers.feedback import channel_directions, kernel_directions
 from trainers.rules.draw import draw_feedback
 from trainers.rules.interface import StepResult
@@ -38,9 +39,9 @@ class SVDSpaceAlignment:
         """See `Rule.init`."""
         settings = self.settings.resolved(with_teacher=teacher is not None)
         cuts, taught = cut_network(network, example, settings, teacher)
-        feedback = draw_feedback(settings, network, cuts, example, num_classes, generator)
+        drawn = draw_feedback(settings, network, cuts, example, num_classes, generator)
         taught = taught if settings.distillation else None
-        state = SSAState(settings, cuts, feedback, num_classes, taught)
+        state = SSAState(settings, cuts, *drawn, num_classes, taught)
         return state.to(example.device)
 
     def step(
@@ -72,11 +73,12 @@ class SSAState(LocalState):
         self,
         settings: SSA,
         cuts: Cuts,
+        grids: list[list[int]],
         feedback: list[list[nn.Module]],
         num_classes: int,
         teacher: Cuts | None,
     ) -> None:
-        super().__init__(cuts, feedback, teacher)
+        super().__init__(cuts, grids, feedback, teacher)
         self.settings = settings
         self.num_classes = num_classes
         self.factored = tuple(
@@ -106,7 +108,7 @@ class _Composite:
     """The composite losses of one step: a `passes.BlockLoss`."""
 
     def __init__(self, state: SSAState, x: Tensor, batch: Batch) -> None:
-        self.state, self.batch = state, batch
+        self.state, self.batch, self.world = state, batch, World.here()
         self.taught = state.teach(x) if state.teacher is not None else None
         self._similar: Tensor | None = None
 
@@ -120,7 +122,7 @@ class _Composite:
         if self.taught is not None:
             wanted, _ = next(self.taught)
             pairs = [*zip(roots, wanted, strict=True)]
-            terms += [settings.distillation * losses.distillation(h, t) for h, t in pairs]
+            terms += [settings.distillation * self._distillation(h, t) for h, t in pairs]
         terms += self._on_factors(index)
         return sum(terms)
 
@@ -130,9 +132,8 @@ class _Composite:
         settings, batch = self.state.settings, self.batch
         if not (settings.cross_entropy or settings.similarity or settings.cosine):
             return
-        metas, modules = self.state.cuts.blocks[index].roots, self.state.feedback[index]
-        for place, (root, h) in enumerate(zip(metas, roots, strict=True)):
-            z = root.pooled(h, settings.pool)
+        modules = self.state.feedback[index]
+        for place, z in enumerate(self.state.features(index, roots)):
             # The last block's read-out is the output head, so it has no feedback of its own.
             feedback = modules[place] if len(modules) else None
             if settings.cross_entropy and feedback is not None:
@@ -144,7 +145,8 @@ class _Composite:
                 )
                 yield settings.cross_entropy * term
             if settings.similarity:
-                yield settings.similarity * losses.similarity_matching(z, self._similarity())
+                alike = losses.similarity_matching(self.world.rows(z), self._similarity())
+                yield settings.similarity * alike
             if settings.cosine and feedback is not None:
                 yield settings.cosine * losses.cosine(z, feedback.back(self._targets()))
 
@@ -167,8 +169,13 @@ class _Composite:
         batch = self.batch
         return losses.probabilities(batch.y, self.state.num_classes, batch.label_smoothing)
 
+    def _distillation(self, h: Tensor, target: Tensor) -> Tensor:
+        """Of one root, relative to the variance over the whole batch."""
+        return losses.distillation(h, target, self.world.variance(target))
+
     def _similarity(self) -> Tensor:
-        """Y Yᵀ (N, N), made once a step."""
+        """Y Yᵀ (N, N) of the whole batch, made once a step."""
         if self._similar is None:
-            self._similar = losses.similarity_target(self.batch.y, self.state.num_classes)
+            y = self.world.rows(self.batch.y)
+            self._similar = losses.similarity_target(y, self.state.num_classes)
         return self._similar
