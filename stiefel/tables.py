@@ -182,10 +182,12 @@ def export_line(result: ExportResult) -> str:
     """What was written and what was proved of it."""
     merged = f", {len(result.merged)} merged back to dense" if result.merged else ""
     folded = f", {len(result.folded)} batch norms folded" if result.folded else ""
+    what = {"layers": "values inside the network", "tensors": "numbers of its tensors"}
     return (
-        f"Wrote {result.path} ({file_size(result.path)}, {result.precision}): "
+        f"Wrote {result.path} ({_bytes(result.file_size_bytes)}, {result.precision}): "
         f"{len(result.ranks)} factored layers{merged}{folded}. Largest difference from torch: "
-        f"{result.max_abs_error:.1e} over {result.outputs_compared:,} {result.compared}."
+        f"{result.max_abs_error:.1e} over {result.outputs_compared:,} "
+        f"{what.get(result.compared, result.compared)}."
     )
 
 
@@ -207,7 +209,10 @@ def read_plan(path: Path) -> RankPlan:
 
 def file_size(path: Path) -> str:
     """The size of a file, in KiB or MiB."""
-    size = path.stat().st_size
+    return _bytes(path.stat().st_size)
+
+
+def _bytes(size: int) -> str:
     return f"{size / 2**20:.2f} MiB" if size >= 2**20 else f"{size / 2**10:.1f} KiB"
 
 
