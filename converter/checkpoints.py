@@ -150,7 +150,8 @@ def load_any(
             raise StiefelError(f"{path} is an export ({kind}); work on the checkpoint it came from")
     if model is None:
         raise StiefelError(
-            f"{path} doesn't say which model it is of; name the model (convert and export take --model)"
+            f"{path} doesn't say which model it is of; name the model as well "
+            "(convert and export take --model)"
         )
     return load(
         model,
