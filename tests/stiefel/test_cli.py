@@ -237,6 +237,7 @@ def test_an_interrupted_command_exits_with_130(small, tmp_path, monkeypatch):
 
 INTERRUPTED = """
 import os, signal, sys
+signal.signal(signal.{name}, signal.SIG_DFL)  # a background process may ignore it
 import stiefel.__main__ as command
 sys.argv[1:] = ["doctor"]
 ask = lambda *_: os.kill(os.getpid(), signal.{name})
