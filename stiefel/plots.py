@@ -176,7 +176,7 @@ def draw_spectra(
         if ranks.get(name):
             axis.axvline(ranks[name], color=FACTORED)
         axis.set_title(name, fontsize=8)
-        axis.tick_params(labelsize=7)
+        axis.tick_params(labelsize=7, which="both")
     figure.supxlabel("singular direction; the line is the chosen rank", fontsize=9)
     figure.supylabel("singular value / largest", fontsize=9)
     return _save(figure, path)
