@@ -32,7 +32,7 @@ NETWORKS = {
     "small": {"resnet18": "params=0.5"},
 }
 MATRICES = {
-    "full": [(4096, 25088, 1024), (4096, 11008, 256)],
+    "full": [(4096, 11008, 1024)],
     "small": [(1024, 4608, 256), (1024, 4608, 64)],
 }
 METHODS = ("ours", "torch.linalg.svd", "tensorly")
