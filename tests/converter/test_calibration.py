@@ -16,6 +16,7 @@ from converter.factors import Factored, factored_layers
 from converter.flow import trace
 from converter.layers import find_layers, prepared
 from converter.moments import second_moments
+from converter.ranks import RankPlan
 from converter.reconstruction import reconstruct
 from converter.refinement import find_units, refine
 from converter.sensitivity import sensitivities
@@ -255,6 +256,17 @@ def test_with_everything_off_images_change_nothing(images):
     for key, value in shrunk(net, images, OFF).state_dict().items():
         assert torch.equal(value, plain.state_dict()[key])
     assert [p.rank for p in made.layers] == [p.rank for p in plan(net, 0.3).layers]
+
+
+def test_a_plan_from_memory_gives_the_network_that_its_json_gives(images):
+    net = settled(residual_net())
+    made = plan(net, 0.3)  # its decompositions know nothing of the images
+    settings = OFF.model_copy(update={"whitened": True})
+    here, read = (
+        convert(net, one, calibration=images, settings=settings)
+        for one in (made, RankPlan.from_json(made.to_json()))
+    )
+    assert all(torch.equal(v, read.state_dict()[k]) for k, v in here.state_dict().items())
 
 
 @pytest.mark.parametrize(

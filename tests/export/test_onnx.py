@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import export.onnx as exporter
+from converter.convert import convert, plan
 from converter.errors import StiefelError
 from export import parity
 from export.onnx import OnnxSettings, export_onnx
@@ -97,6 +98,28 @@ def test_nodes_and_weights_are_named_after_layers(exported):
     assert weights >= {"body.0.weight", "body.3.0.weight", "head.1.weight", "head.1.bias"}
     assert set(values(graph)) >= {"input", "output"}
     assert result.ranks == {"body.3": model.body[3].rank, "head": model.head.rank}
+
+
+class Reads(nn.Module):
+    """Reads a layer's weight instead of calling the layer, as Swin does."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.head = nn.Linear(32, 96), nn.Linear(96, 5)
+
+    def forward(self, x):
+        tokens = x.flatten(2).mT
+        mixed = nn.functional.linear(tokens, self.qkv.weight, self.qkv.bias)
+        return self.head(mixed.mean(1))
+
+
+def test_weights_that_a_model_reads_keep_their_names_too(tmp_path):
+    net = Reads().eval()
+    small = convert(net, plan(net, 4, layers={"head": "keep"}))
+    path = tmp_path / "reads.onnx"
+    export_onnx(small, path, example=torch.randn(2, 32, 4, 4))
+    weights = {w.name for w in onnx.load(path).graph.initializer if len(w.dims) == 2}
+    assert weights == {"qkv.0.weight", "qkv.1.weight", "head.weight"}
 
 
 def test_metadata_says_where_the_file_comes_from(exported):
