@@ -6,6 +6,7 @@ and a factored layer is two plain ones.
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -44,7 +45,7 @@ class LatencyPrices:
     ):
         self.model = without_folded_norms(prepared(model, share=True).eval())
         self.example, self.calls, self.device = example, calls, example.device
-        (self.whole,) = model_seconds(example, self.model)
+        self.whole = min(dense for (dense,) in model_rounds(example, self.model))
         self._known: dict[tuple, float] = {}
 
     def ranks(self, layer: Layer, scheme: str | None) -> list[int]:
@@ -66,15 +67,19 @@ class LatencyPrices:
         return self._seconds(layer, (scheme, rank), lambda: _plain(_hollow(layer, scheme, rank)))
 
     def measured(self, chosen: Mapping[str, tuple[str | None, int]]) -> float:
-        """Seconds of the whole model with some layers at a (scheme, rank), over those without."""
+        """Seconds of the whole model with some layers at a (scheme, rank), over those without.
+
+        The median over rounds in which both run, as a benchmark would find it: what else goes on
+        in memory and between threads is a part of a whole model's time, not noise to be rid of.
+        """
         planned = prepared(self.model, share=True)
         new = {
             layer.name: _callable(_hollow(layer, *chosen[layer.name]))
             for layer in find_layers(planned)
             if layer.name in chosen
         }
-        dense, factored = model_seconds(self.example, self.model, install(planned, new))
-        return factored / dense
+        rounds = model_rounds(self.example, self.model, install(planned, new))
+        return statistics.median(factored / dense for dense, factored in rounds)
 
     def _seconds(self, layer: Layer, what: tuple, make: Callable[[], nn.Module]) -> float:
         calls = self.calls.get(layer.name, ())
@@ -85,42 +90,49 @@ class LatencyPrices:
                 module = make() if module is None else module
                 dtype = next(module.parameters()).dtype
                 x = torch.full(call.input_shape, 0.1, dtype=dtype, device=self.device)
-                (self._known[key],) = seconds([lambda m=module, x=x: m(x)], self.device)
+                self._known[key] = seconds(lambda m=module, x=x: m(x), self.device)
             total += self._known[key]
         return total
 
 
-def model_seconds(example: Tensor, *models: nn.Module) -> list[float]:
-    """Seconds of one forward pass of each, run in turns so that what drifts drifts for all."""
+def model_rounds(example: Tensor, *models: nn.Module) -> list[list[float]]:
+    """Seconds of one forward pass of each, round by round: what drifts drifts for all."""
     with ExitStack() as stack:
         for model in models:
             stack.enter_context(inference(model, fused=True))
         runs = [lambda model=model: model(example) for model in models]
-        return seconds(runs, example.device, MODEL_SECONDS * len(models), MODEL_RUNS)
+        return timed_rounds(runs, example.device, MODEL_SECONDS * len(models), MODEL_RUNS)
 
 
-def seconds(
+def seconds(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call: the least of several, as all else that happens only adds."""
+    return min(took for (took,) in timed_rounds([run], device))
+
+
+def timed_rounds(
     runs: Sequence[Callable[[], object]],
     device: torch.device,
     least_seconds: float = LEAST_SECONDS,
-    least_runs: int = LEAST_RUNS,
-) -> list[float]:
-    """Seconds of one call of each: the least of several, as all else that happens only adds."""
+    least_rounds: int = LEAST_RUNS,
+) -> list[list[float]]:
+    """Seconds of one call of each, in turns, over and over: a list for every round."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    best, spent, rounds = [float("inf")] * len(runs), 0.0, 0
+    rounds: list[list[float]] = []
+    spent = 0.0
     with torch.inference_mode():
         for run in (*runs, *runs):
             run()
-        while spent < least_seconds or rounds < (3 if spent > MOST_SECONDS else least_runs):
-            for i, run in enumerate(runs):
+        while spent < least_seconds or len(rounds) < (3 if spent > MOST_SECONDS else least_rounds):
+            took = []
+            for run in runs:
                 wait()
                 start = time.perf_counter()
                 run()
                 wait()
-                took = time.perf_counter() - start
-                best[i], spent = min(best[i], took), spent + took
-            rounds += 1
-    return best
+                took.append(time.perf_counter() - start)
+            rounds.append(took)
+            spent += sum(took)
+    return rounds
 
 
 def _hollow(layer: Layer, scheme: str | None, rank: int) -> Factored:

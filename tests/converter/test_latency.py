@@ -19,11 +19,11 @@ def timed(monkeypatch):
     """Prices of two equal layers and one of another shape; and how often something was timed."""
     runs = []
 
-    def seconds(calls, device, least_seconds=0.0, least_runs=1):
+    def timed_rounds(calls, device, least_seconds=0.0, least_rounds=1):
         runs.append(len(calls))
-        return [1.0 for _ in calls]
+        return [[1.0 for _ in calls]]
 
-    monkeypatch.setattr(latency, "seconds", seconds)
+    monkeypatch.setattr(latency, "timed_rounds", timed_rounds)
     model = prepared(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 80)))
     example = torch.randn(3, 64)
     prices = latency.LatencyPrices(model, example, layer_calls(model, example, 3))
@@ -37,6 +37,18 @@ def test_equal_layers_are_timed_once_and_answers_are_kept(timed):
         assert prices.current(layer) == 1.0
         assert prices.factored(layer, None, 8) == 1.0
     assert len(runs) == 4, "two shapes, dense and at one rank"
+
+
+def test_a_plan_is_judged_by_the_median_of_its_rounds_and_a_layer_by_its_fastest(
+    timed, monkeypatch
+):
+    """Dense and factored drift together, and one round went wrong: none of it is the plan's."""
+    prices, layers, _ = timed
+    rounds = [[1.0, 0.5], [2.0, 1.1], [3.0, 1.5], [1.5, 9.0], [1.0, 0.4]]
+    monkeypatch.setattr(latency, "timed_rounds", lambda *_: rounds)
+    assert prices.measured({layers[0].name: (None, 8)}) == 0.5
+    monkeypatch.setattr(latency, "timed_rounds", lambda *_: [[2.0], [1.0], [7.0]])
+    assert prices.factored(layers[0], None, 24) == 1.0
 
 
 def test_ranks_on_offer_suit_the_device_and_save_parameters(timed):
