@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Subset
 
 from converter.errors import StiefelError
 from converter.files import write_text
@@ -98,9 +97,8 @@ def markdown_table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 def held_back(data: Data, plain: Data, count: int) -> Data:
     """`count` training images of `data`; tested on the rest, not augmented, from `plain`."""
-    order = torch.randperm(len(plain.train), generator=torch.Generator().manual_seed(0)).tolist()
-    train, test = Subset(data.train, order[:count]), Subset(plain.train, order[count:])
-    return replace(data, train=train, test=test)
+    order = torch.randperm(len(plain.train), generator=torch.Generator().manual_seed(0))
+    return replace(data, train=data.train.at(order[:count]), test=plain.train.at(order[count:]))
 
 
 def real_data(data: str | None) -> Path:

@@ -21,12 +21,22 @@ from trainers.image_set import (
     Item,
     balanced_subset,
     batches,
+    begin_epoch,
     epoch_order,
     reading,
 )
 from trainers.sources import CHANNEL_MODES, KINDS, Source
 
-__all__ = ["Data", "ImageSet", "batches", "epoch_order", "examples", "images", "load_data"]
+__all__ = [
+    "Data",
+    "ImageSet",
+    "batches",
+    "begin_epoch",
+    "epoch_order",
+    "examples",
+    "images",
+    "load_data",
+]
 
 
 @dataclass(frozen=True)

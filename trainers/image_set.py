@@ -107,7 +107,11 @@ class ImageSet(Dataset[Item]):
         """At most `count` of the images, as evenly from the classes as can be."""
         if count is None or count >= len(self):
             return self
-        return self._like(self._indices[balanced_subset(self.labels, count, seed)], self.augment)
+        return self.at(balanced_subset(self.labels, count, seed))
+
+    def at(self, positions: Tensor) -> "ImageSet":
+        """The images at these positions (n,) int64, in that order; the epoch is its own."""
+        return self._like(self._indices[positions], self.augment)
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -179,6 +183,14 @@ class _Decoded:
             self._images[missing] = torch.stack(_threaded(decode, missing.tolist()))
             self._present[missing] = True
         return self._images[indices]
+
+
+def begin_epoch(dataset: Dataset[Item], epoch: int) -> None:
+    """Tell a data set which epoch it is, if it asks; one that is a `Subset` of it passes it on."""
+    while not hasattr(dataset, "set_epoch") and hasattr(dataset, "dataset"):
+        dataset = dataset.dataset
+    if hasattr(dataset, "set_epoch"):
+        dataset.set_epoch(epoch)
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> Tensor:

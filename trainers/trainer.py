@@ -14,7 +14,7 @@ from converter.cost import count_parameters
 from converter.errors import StiefelError
 from converter.factors import factored_layers
 from trainers import checks
-from trainers.data import Data, batches, epoch_order, images
+from trainers.data import Data, batches, begin_epoch, epoch_order, images
 from trainers.device import autocast, peak_memory_mib, resolve_device
 from trainers.diagnostics import Diagnostics
 from trainers.distributed import World, join_world, synchronised_batch_norm
@@ -210,8 +210,7 @@ class _Training:
     def _batches(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
         """This process's share of the epoch's batches from `step` on, in parts, on the device."""
         settings, train = self.settings, self.data.train
-        if hasattr(train, "set_epoch"):
-            train.set_epoch(self.epoch)
+        begin_epoch(train, self.epoch)
         order = epoch_order(len(train), settings.seed, self.epoch)[: self.steps * self.batch]
         order = order.view(self.steps, settings.accumulate, self.world.size, self.part)
         mine = order[self.step :, :, self.world.rank].flatten()

@@ -1,9 +1,11 @@
 import json
 
 import pytest
+import torch
 
-from benchmarks.study import Study, markdown_table, mean_sd
+from benchmarks.study import Study, held_back, markdown_table, mean_sd
 from converter.errors import StiefelError
+from trainers.data import load_data
 
 ABOUT = {"study": "s", "images": 3}
 
@@ -59,3 +61,17 @@ def test_a_spread_is_told_with_how_many_runs_it_rests_on():
 def test_tables_are_markdown():
     table = markdown_table(["a", "b"], [["x", "1"], ["y", "2"]])
     assert table == "| a | b |\n| --- | ---: |\n| x | 1 |\n| y | 2 |\n"
+
+
+def test_images_held_back_are_not_trained_on_and_the_others_change_every_epoch():
+    data, plain = load_data("digits"), load_data("digits", augment=False)
+    split = held_back(data, plain, 1000)
+    assert len(split.train) == 1000
+    assert len(split.train) + len(split.test) == len(data.train)
+    seen = {x.numpy().tobytes() for x, _ in held_back(plain, plain, 1000).train}
+    assert not any(x.numpy().tobytes() in seen for x, _ in split.test)
+    epochs = []
+    for epoch in (1, 2):
+        split.train.set_epoch(epoch)
+        epochs.append(split.train.batch(range(100))[0])
+    assert not torch.equal(*epochs)

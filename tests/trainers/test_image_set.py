@@ -4,10 +4,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from converter.specs import InputSpec
-from trainers.image_set import Augmentation, ImageSet, balanced_subset, batches, epoch_order
+from trainers.image_set import (
+    Augmentation,
+    ImageSet,
+    balanced_subset,
+    batches,
+    begin_epoch,
+    epoch_order,
+)
 
 
 def image_set(side: int = 8, count: int = 20, augment: bool = True, reads=None) -> ImageSet:
@@ -95,6 +102,28 @@ def test_a_part_and_a_plain_view_share_what_was_read():
     # Their epochs are their own.
     part.set_epoch(9)
     assert int(data._epoch) == 0
+
+
+def test_images_at_positions_come_in_that_order_and_keep_their_augmentation():
+    data = image_set()
+    part = data.at(torch.tensor([7, 3, 11])).at(torch.tensor([2, 0]))
+    for one in (data, part):
+        one.set_epoch(2)
+    whole, labels = data.batch([11, 7])
+    assert torch.equal(part.batch(range(2))[0], whole)
+    assert torch.equal(part.labels, labels)
+
+
+def test_an_epoch_begins_for_what_a_subset_is_of_too():
+    data = image_set()
+    part = Subset(Subset(data, range(4, 20)), [5])
+    seen = []
+    for epoch in (1, 2, 1):
+        begin_epoch(part, epoch)
+        seen.append(part[0][0])
+    assert not torch.equal(seen[0], seen[1])
+    assert torch.equal(seen[0], seen[2])
+    begin_epoch(Subset(TensorDataset(torch.zeros(3)), [0]), 1)  # has no epochs
 
 
 def test_a_limited_set_augments_each_image_as_the_whole_set_does():
