@@ -3,7 +3,8 @@
 `torchrun --nproc-per-node N -m stiefel train-local …` starts N processes; each finds its place in
 the environment. The losses are of the whole batch: what they take from all its images together, as
 similarity matching does, is exchanged. So N processes compute what one would but for batch norm,
-whose statistics are of each process's own share unless it is synchronised, and for dropout.
+whose statistics are of each process's own share unless it is synchronised, for dropout, and for
+calibrated feedback, which is fitted on the first process's share.
 """
 
 import os

@@ -73,11 +73,15 @@ def test_a_dry_run_writes_nothing(dense, tmp_path):
 
 def test_train_export_evaluate_inspect_and_bench_take_on_what_convert_wrote(dense, small, tmp_path):
     trained, onnx = tmp_path / "trained.safetensors", tmp_path / "small.onnx"
+    (tmp_path / "trained.run").mkdir()
+    stale = tmp_path / "trained.run" / "diagnostics.png"
+    stale.touch()
     result = stiefel(
         *("train-local", small, "--data", "digits", "--limit-train", 200, "--epochs", 1),
         *("--teacher", dense, "-o", trained, "--json", tmp_path / "history.json"),
     )
     assert result.exit_code == 0, result.output
+    assert not stale.exists(), "an earlier run's plot, when this one had no diagnostics"
     history = json.loads((tmp_path / "history.json").read_text())
     assert len(history["records"]) == 1
     assert f"Test accuracy {100 * history['best_accuracy']:.2f} %. Wrote" in result.stdout

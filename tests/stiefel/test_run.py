@@ -12,6 +12,7 @@ from converter.factors import factored_layers
 from stiefel import run as running
 from stiefel.console import Console
 from stiefel.recipe import Recipe
+from stiefel.report import write
 from trainers.data import load_data
 from trainers.evaluate import evaluate
 
@@ -91,6 +92,12 @@ def test_the_benchmark_has_a_row_for_each_model_runtime_and_batch(done):
         assert 0 < row["latency_ms_p50"] <= row["latency_ms_p95"]
         expected = 1000 * row["batch"] / row["latency_ms_p50"]
         assert row["throughput_per_s"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_report_without_diagnostics_leaves_no_earlier_plot_of_them(done, tmp_path):
+    (tmp_path / "diagnostics.png").touch()
+    written = write(done[1], tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in written}
 
 
 def test_environment_and_recipe_are_in_the_report(done):

@@ -245,6 +245,12 @@ def test_names_that_make_no_blocks_are_refused(network, globs, message, images):
         cut(network, images, CutSettings(blocks=globs))
 
 
+@pytest.mark.parametrize("other", [{"boundaries": "layers"}, {"layers_per_block": 2}])
+def test_named_blocks_leave_nothing_else_to_say_of_where_to_cut(other, images):
+    with pytest.raises(StiefelError, match=f"so {min(other)} has nothing to say"):
+        cut(_Branching(), images, CutSettings(blocks=("parts.*",), **other))
+
+
 class _Opaque(nn.Module):
     """A network with one submodule that cannot be traced."""
 

@@ -49,9 +49,14 @@ def cut(network: nn.Module, example: Tensor, settings: CutSettings) -> Cuts:
         settings: where to cut.
 
     Raises:
-        StiefelError: the network can't be traced and no blocks are named, or the names don't fit.
+        StiefelError: the network can't be traced and no blocks are named, the names don't fit, or
+            blocks are named and it is also said where else to cut.
     """
     if settings.blocks:
+        if unused := settings.model_fields_set & {"boundaries", "layers_per_block"}:
+            raise StiefelError(
+                f"blocks names the blocks, so {min(unused)} has nothing to say: leave one out"
+            )
         return NamedCuts(network, settings.blocks, example)
     traced = trace(network, example)
     ends = choose_ends(traced, settings)
