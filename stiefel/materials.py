@@ -118,7 +118,7 @@ def make_plan(
         model,
         parse_rank(section.rank),
         scheme=section.scheme,
-        example=example_of(model),
+        example=example_of(model, section.batch),
         calibration=calibration,
         settings=section.calibration,
         layers=section.layers,

@@ -69,6 +69,7 @@ class ConvertSection(Settings):
         coerce_numbers_to_str=True,
         description="32, 0.25 (of full rank), energy=0.95, params=0.5, macs=0.5 or latency=0.5",
     )
+    batch: int = Field(1, ge=1, description="images to a pass, as a latency budget is measured")
     scheme: Literal["spatial", "channel", "auto"] = Field(
         "spatial", description="how a kernel becomes a matrix"
     )

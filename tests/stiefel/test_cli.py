@@ -10,6 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
+from converter import convert as factoring
 from converter.checkpoints import load_any, save_dense
 from converter.factors import factored_layers
 from converter.models import load
@@ -69,6 +70,21 @@ def test_a_dry_run_writes_nothing(dense, tmp_path):
     assert "Rank plan" in result.stdout
     assert sorted(dense.parent.iterdir()) == before
     assert not (tmp_path / "run").exists()
+
+
+def test_a_latency_budget_is_measured_with_the_batch_that_is_asked_for(dense, monkeypatch):
+    seen = []
+
+    def planned(model, policy, *, example, **rest):
+        seen.append(len(example))
+        return real(model, 0.5, example=example)
+
+    real = factoring.plan
+    monkeypatch.setattr(factoring, "plan", planned)
+    for options in ((), ("--batch", 6)):
+        result = stiefel("convert", dense, "--rank", "latency=0.5", *options, "--dry-run")
+        assert result.exit_code == 0, result.output
+    assert seen == [1, 6]
 
 
 def test_train_export_evaluate_inspect_and_bench_take_on_what_convert_wrote(dense, small, tmp_path):
