@@ -180,12 +180,6 @@ def fitted_factors(
     return factors, logits_mean - z_mean @ factors.matrix()
 
 
-def channel_directions(B_U: Tensor, channels: int, rank: int) -> Tensor:
-    """Orthonormal channel directions (C, k) of B_U (C·cells, k): its mean over a map's cells."""
-    mean = B_U.reshape(channels, -1, B_U.shape[-1]).mean(dim=1)[:, : min(rank, channels)]
-    return torch.linalg.qr(mean).Q
-
-
 def kernel_directions(directions: Tensor, rows: int) -> Tensor:
     """Channel directions (C, k) as a subspace of U's rows: (C·taps, k), each tap alike."""
     taps = rows // directions.shape[0]

@@ -20,11 +20,15 @@ EVERY_RULE = {
     "layer-wise, fixed": SSA(feedback="fixed"),
     "layer-wise, kolen-pollack": SSA(feedback="kolen-pollack"),
     "layer-wise, calibrated": SSA(feedback="calibrated"),
+    "layer-wise, hidden layers": SSA(readout_layers=2, readout_width=8),
     "global": SSA(error="global"),
     "global, recomputed": SSA(error="global", storage="recomputed"),
     "global, fixed": SSA(error="global", feedback="fixed"),
     "global, kolen-pollack": SSA(error="global", feedback="kolen-pollack"),
     "all terms": SSA(alpha=0.1, beta=0.1, cosine=0.1, hoyer=0.1),
+    "all terms, hidden layer": SSA(
+        alpha=0.1, beta=0.1, cosine=0.1, hoyer=0.1, readout_layers=1, readout_width=8
+    ),
 }
 
 
@@ -254,16 +258,16 @@ def test_the_feedback_has_the_rank_of_the_layer(factored, images):
 @pytest.mark.parametrize("rule", [SSA, DFA])
 def test_feedback_that_would_be_too_large_sees_a_coarser_grid(rule, factored, images, labels):
     _, whole = start(rule(), factored("smallconv"), images)
-    assert {grid for grids in whole.grids for grid in grids} == {4}
+    assert {view.grid for views in whole.views for view in views} == {4}
     network, most = factored("smallconv"), 1000
     learner, state = start(rule(readout=most), network, images)
-    for index, (modules, grids) in enumerate(zip(state.feedback, state.grids, strict=False)):
-        for module, root, grid in zip(modules, state.cuts.blocks[index].roots, grids, strict=False):
+    for modules, views in zip(state.feedback, state.views, strict=False):
+        for module, view in zip(modules, views, strict=False):
             features, rank = next(iter(module.state_dict().values())).shape
-            assert features == root.features(grid)
-            assert grid == 1 or features * rank <= most
-            assert grid == 4 or root.features(2 * grid) * rank > most
-    assert {1, 2} < {grid for grids in state.grids for grid in grids}
+            assert features == view.count == view.root.features(view.grid)
+            assert view.grid == 1 or features * rank <= most
+            assert view.grid == 4 or view.root.features(2 * view.grid) * rank > most
+    assert {1, 2} < {view.grid for views in state.views for view in views}
     result = learner.step(network, state, images, labels)
     assert torch.isfinite(torch.stack([*result.per_block.values()])).all()
 

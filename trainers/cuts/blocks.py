@@ -49,11 +49,20 @@ class Root:
     shape: tuple[int, ...]
     layout: Layout
 
+    @property
+    def is_map(self) -> bool:
+        """Whether it is a feature map."""
+        return self.layout in ("map", "map-last")
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """(H, W) of a feature map."""
+        return self.shape[1:] if self.layout == "map" else self.shape[:2]
+
     def features(self, grid: int) -> int:
         """D, how many features `pooled` gives."""
-        channels, *sides = self.shape if self.layout != "map-last" else (self.shape[2], *self.shape)
-        if self.layout in ("map", "map-last"):
-            return channels * min(grid, sides[0]) * min(grid, sides[1])
+        if self.is_map:
+            return self.channels * math.prod(min(grid, side) for side in self.sides)
         return self.shape[-1] if self.layout == "tokens" else math.prod(self.shape)
 
     def grid(self, side: int, most: int) -> int:
@@ -81,7 +90,7 @@ class Root:
             return h.mean(dim=1)
         if self.layout == "map-last":
             h = h.permute(0, 3, 1, 2)
-        if self.layout in ("map", "map-last"):
+        if self.is_map:
             height, width = h.shape[-2:]
             rows, columns = min(grid, height), min(grid, width)
             if height % rows == 0 and width % columns == 0:

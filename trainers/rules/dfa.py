@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from trainers.feedback import DenseFeedback
 from trainers.rules.interface import StepResult
-from trainers.rules.local import Batch, LocalState, choose_grids, cut_network
+from trainers.rules.local import Batch, LocalState, choose_views, cut_network
 from trainers.rules.passes import GLOBAL_PASSES
 from trainers.rules.settings import DFA
 
@@ -27,15 +27,12 @@ class DirectFeedback:
         """See `Rule.init`; a teacher is of no use here."""
         cuts, _ = cut_network(network, example, self.settings)
         blocks = cuts.blocks[:-1]
-        grids = choose_grids(cuts, self.settings, [num_classes] * len(blocks))
+        views = choose_views(cuts, self.settings, [num_classes] * len(blocks))
         feedback = [
-            [
-                DenseFeedback(root.features(grid), num_classes, generator)
-                for root, grid in zip(block.roots, sides, strict=True)
-            ]
-            for block, sides in zip(blocks, grids, strict=False)
+            [DenseFeedback(view.count, num_classes, generator) for view in seen]
+            for seen in views[:-1]
         ]
-        return LocalState(cuts, grids, feedback).to(example.device)
+        return LocalState(cuts, views, feedback).to(example.device)
 
     def step(
         self,

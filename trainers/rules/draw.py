@@ -7,7 +7,8 @@ from converter.decompose import Factors
 from trainers.cuts import Cuts, Root
 from trainers.cuts.graph import in_mode
 from trainers.feedback import KolenPollack, StructuredFeedback, fitted_factors, random_factors
-from trainers.rules.local import block_rank, choose_grids, pooled
+from trainers.readout import Features, HiddenLayers
+from trainers.rules.local import block_rank, choose_views
 from trainers.rules.settings import SSA
 
 
@@ -18,18 +19,24 @@ def draw_feedback(
     example: Tensor,
     num_classes: int,
     generator: torch.Generator,
-) -> tuple[list[list[int]], list[list[nn.Module]]]:
-    """Sides of the grids, and modules with `local_loss`, `global_loss` and `back`; one each a root.
+) -> tuple[list[list[Features]], list[list[nn.Module]]]:
+    """What is seen of each root, and modules with `local_loss`, `global_loss` and `back` for it.
 
     The rank is the layer's, at most the number of classes. The output head is the last block's
     read-out, so it needs no other: its list of modules is empty.
     """
     ranks = [min(block_rank(network, block), num_classes) for block in cuts.blocks[:-1]]
-    grids = choose_grids(cuts, settings, ranks)
-    fitted = iter(_fit(settings, network, cuts, grids, example, num_classes))
 
-    def one(root: Root, grid: int, rank: int) -> nn.Module:
-        features = root.features(grid)
+    def hidden(root: Root) -> HiddenLayers | None:
+        if not settings.readout_layers or not root.is_map:
+            return None
+        size = (settings.readout_layers, settings.readout_width)
+        return HiddenLayers(root, 2 * settings.pool, *size, generator)
+
+    views = choose_views(cuts, settings, ranks, hidden)
+    fitted = iter(_fit(settings, network, cuts, views, example, num_classes))
+
+    def one(features: int, rank: int) -> nn.Module:
         if settings.feedback == "calibrated":
             factors, bias = next(fitted)
             return StructuredFeedback(Factors(*_cut(factors, rank)), bias, learned=False)
@@ -42,32 +49,32 @@ def draw_feedback(
         return KolenPollack(factors, random_factors(features, num_classes, rank, generator).U)
 
     feedback = [
-        [one(root, grid, rank) for root, grid in zip(block.roots, sides, strict=True)]
-        for block, sides, rank in zip(cuts.blocks, grids, ranks, strict=False)
+        [one(view.count, rank) for view in seen] for seen, rank in zip(views, ranks, strict=False)
     ]
-    return grids, [*feedback, []]
+    return views, [*feedback, []]
 
 
 def _fit(
     settings: SSA,
     network: nn.Module,
     cuts: Cuts,
-    grids: list[list[int]],
+    views: list[list[Features]],
     example: Tensor,
     num_classes: int,
 ) -> list[tuple[Factors, Tensor]]:
     """Regress the network's own logits on each root's features, over the example."""
     if settings.feedback != "calibrated":
         return []
-    features: list[Tensor] = []
+    found: list[Tensor] = []
 
     def visit(index: int, roots: tuple[Tensor, ...], logits: Tensor | None) -> None:
         if logits is None:
-            features.extend(pooled(cuts, grids, index, roots))
+            pairs = zip(views[index], roots, strict=True)
+            found.extend(view.to(h.device)(h).cpu() for view, h in pairs)
 
     with in_mode(network, False), torch.no_grad():
         logits = cuts.run(example, visit)
-    return [fitted_factors(z.cpu(), logits.cpu(), num_classes) for z in features]
+    return [fitted_factors(z, logits.cpu(), num_classes) for z in found]
 
 
 def _cut(factors: Factors, rank: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """What the local rules share: their state, and how a block's loss is sent back."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from converter.errors import StiefelError
 from converter.factors import Factored
-from trainers.cuts import Block, Cuts, CutSettings, cut, cut_alike
+from trainers.cuts import Block, Cuts, CutSettings, Root, cut, cut_alike
 from trainers.losses import cross_entropy
+from trainers.readout import Features, HiddenLayers
 from trainers.rules.settings import FeedbackSettings
 
 
@@ -32,26 +33,26 @@ class LocalState(nn.Module):
     Attributes:
         cuts: the network's blocks; not a part of the state_dict, `init` finds the same again.
         teacher: the dense original, cut alike, or None.
-        feedback: one list of modules a block, one module a root.
-        grids: side of the grid to which each root is averaged, block by block.
+        views: what read-outs and feedback see, one list of modules a block, one module a root.
+        feedback: likewise; the last block has none.
     """
 
     def __init__(
         self,
         cuts: Cuts,
-        grids: list[list[int]],
+        views: list[list[Features]],
         feedback: list[list[nn.Module]],
         teacher: Cuts | None = None,
     ) -> None:
         super().__init__()
         self.cuts = cuts
-        self.grids = grids
         self.teacher = teacher
+        self.views = nn.ModuleList(nn.ModuleList(modules) for modules in views)
         self.feedback = nn.ModuleList(nn.ModuleList(modules) for modules in feedback)
 
     def features(self, index: int, roots: tuple[Tensor, ...]) -> list[Tensor]:
         """What read-outs and feedback see of a block's roots: (N, D) each."""
-        return pooled(self.cuts, self.grids, index, roots)
+        return [view(h) for view, h in zip(self.views[index], roots, strict=True)]
 
     def teach(self, x: Tensor) -> Iterator[tuple[tuple[Tensor, ...], Tensor | None]]:
         """Run the teacher one block for each `next`, without gradients: roots, and last logits."""
@@ -91,25 +92,27 @@ def block_rank(network: nn.Module, block: Block) -> int:
     return min(weights[-1].flatten(1).shape) if weights else 1
 
 
-def choose_grids(cuts: Cuts, settings: FeedbackSettings, ranks: list[int]) -> list[list[int]]:
-    """Side of each root's grid: `pool`, or less where the feedback of that rank would be too large.
+def choose_views(
+    cuts: Cuts,
+    settings: FeedbackSettings,
+    ranks: list[int],
+    hidden: Callable[[Root], HiddenLayers | None] = lambda root: None,
+) -> list[list[Features]]:
+    """What is seen of each root: at `pool`, or coarser where its feedback would be too large.
 
     Args:
-        ranks: of each block's feedback; the last block has none.
+        ranks: of each block's feedback; the last block has none, and is seen as it is.
+        hidden: the layers that a root goes through first.
     """
-    bounded = [
-        [root.grid(settings.pool, settings.readout // rank) for root in block.roots]
-        for block, rank in zip(cuts.blocks[:-1], ranks, strict=True)
-    ]
-    return [*bounded, [settings.pool] * len(cuts.blocks[-1].roots)]
 
+    def view(root: Root, rank: int) -> Features:
+        layers = hidden(root)
+        last = root if layers is None else layers.output
+        return Features(root, last.grid(settings.pool, settings.readout // rank), layers)
 
-def pooled(
-    cuts: Cuts, grids: list[list[int]], index: int, roots: tuple[Tensor, ...]
-) -> list[Tensor]:
-    """Features (N, D) of each root of one block, averaged to its grid."""
-    places = zip(cuts.blocks[index].roots, grids[index], roots, strict=True)
-    return [root.pooled(h, grid) for root, grid, h in places]
+    pairs = zip(cuts.blocks[:-1], ranks, strict=True)
+    views = [[view(root, rank) for root in block.roots] for block, rank in pairs]
+    return [*views, [Features(root, settings.pool) for root in cuts.blocks[-1].roots]]
 
 
 def backward(loss: Tensor, scale: float | Tensor) -> None:

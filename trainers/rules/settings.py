@@ -39,6 +39,13 @@ class SSA(FeedbackSettings):
     feedback: Literal["fixed", "learned", "calibrated", "kolen-pollack"] = Field(
         "learned", description="how the feedback matrices B come about"
     )
+    readout_layers: int = Field(
+        0,
+        ge=0,
+        description="3x3 convolutions that maps go through before read-out and similarity, on "
+        "twice the pool's grid, learned locally",
+    )
+    readout_width: int = Field(64, ge=1, description="channels of these convolutions")
     cross_entropy: float | None = Field(
         None, ge=0, description="weight of the cross-entropy; default 1, or 0 with a teacher"
     )
@@ -59,7 +66,8 @@ class SSA(FeedbackSettings):
         """With every coefficient a number.
 
         Raises:
-            StiefelError: distillation is asked for and there is no teacher, or nothing trains.
+            StiefelError: distillation is asked for and there is no teacher, read-outs are to have
+                layers and there are none, or nothing trains.
         """
         defaults = {
             "cross_entropy": 0.0 if with_teacher else 1.0,
@@ -74,6 +82,12 @@ class SSA(FeedbackSettings):
             raise StiefelError(
                 "cross_entropy, similarity and distillation are all 0: nothing would train"
             )
+        if settings.readout_layers and self.error == "global":
+            raise StiefelError(
+                "readout_layers are of a block's own read-out: they need error: layerwise"
+            )
+        if not (settings.cross_entropy or settings.similarity or settings.cosine):
+            settings = settings.model_copy(update={"readout_layers": 0})  # nothing would read them
         return settings
 
 

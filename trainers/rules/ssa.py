@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from converter.factors import Factored
 from trainers import losses
-from trainers.cuts import Cuts, Root
+from trainers.cuts import Cuts
 from trainers.distributed import World
-from trainers.feedback import channel_directions, kernel_directions
+from trainers.feedback import kernel_directions
+from trainers.readout import Features
 from trainers.rules.draw import draw_feedback
 from trainers.rules.interface import StepResult
 from trainers.rules.local import Batch, LocalState, cut_network
@@ -73,12 +74,12 @@ class SSAState(LocalState):
         self,
         settings: SSA,
         cuts: Cuts,
-        grids: list[list[int]],
+        views: list[list[Features]],
         feedback: list[list[nn.Module]],
         num_classes: int,
         teacher: Cuts | None,
     ) -> None:
-        super().__init__(cuts, grids, feedback, teacher)
+        super().__init__(cuts, views, feedback, teacher)
         self.settings = settings
         self.num_classes = num_classes
         self.factored = tuple(
@@ -86,20 +87,19 @@ class SSAState(LocalState):
             for block in cuts.blocks
         )
         for index, modules in enumerate(feedback[:-1] if settings.alpha else []):
-            for root, module in zip(cuts.blocks[index].roots, modules, strict=True):
-                self._aim(index, root, module)
+            for view, module in zip(views[index], modules, strict=True):
+                self._aim(index, view, module)
 
     def directions(self, index: int) -> Tensor | None:
         """P (m, k) of `losses.alignment` for the block's last factored layer, if they fit."""
         return getattr(self, f"directions_{index}", None)
 
-    def _aim(self, index: int, root: Root, feedback: nn.Module) -> None:
+    def _aim(self, index: int, view: Features, feedback: nn.Module) -> None:
         if not self.factored[index]:
             return
         U = self.factored[index][-1].U
-        if U.ndim == 2 and U.shape[0] % root.channels == 0:
-            B_U = feedback.subspace.detach()
-            channels = channel_directions(B_U, root.channels, U.shape[1])
+        if U.ndim == 2 and U.shape[0] % view.root.channels == 0:
+            channels = view.channels(feedback.subspace.detach(), U.shape[1])
             P = kernel_directions(channels, U.shape[0])
             self.register_buffer(f"directions_{index}", P)
 

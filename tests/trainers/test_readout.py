@@ -1,0 +1,131 @@
+"""What read-outs see of a block's roots: averaged maps, or what convolutions make of them."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from converter.errors import StiefelError
+from trainers.cuts.blocks import make_root
+from trainers.feedback import random_factors
+from trainers.readout import Features, HiddenLayers
+from trainers.rules import SSA, make_rule
+
+IMAGE = (2, 3, 32, 32)
+SHAPES = {"map": (6, 16, 16), "map-last": (16, 16, 6), "flat": (24,), "tokens": (9, 6)}
+
+
+def _generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _hidden(root, layers: int = 2) -> HiddenLayers:
+    return HiddenLayers(root, 8, layers, 10, _generator())
+
+
+@pytest.mark.parametrize("layout", SHAPES)
+def test_features_are_as_many_as_they_say(layout):
+    root = make_root("h", (2, *SHAPES[layout]), IMAGE)
+    assert root.layout == layout
+    h = torch.randn(2, *SHAPES[layout])
+    view = Features(root, 4)
+    assert view(h).shape == (2, view.count)
+    torch.testing.assert_close(view(h), root.pooled(h, 4))
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("layout", ["map", "map-last"])
+def test_hidden_layers_are_convolutions_on_the_averaged_map(layout, layers):
+    root = make_root("h", (2, *SHAPES[layout]), IMAGE)
+    view = Features(root, 4, _hidden(root, layers))
+    maps = torch.randn(2, 6, 16, 16)
+    expected = F.avg_pool2d(maps, 2)
+    for layer in view.hidden.layers:
+        assert layer.kernel_size == (3, 3)
+        expected = F.conv2d(expected, layer.weight, layer.bias, padding=1).relu()
+    expected = F.avg_pool2d(expected, 2).flatten(1)
+    h = maps if layout == "map" else maps.permute(0, 2, 3, 1)
+    torch.testing.assert_close(view(h), expected)
+    assert view.count == expected.shape[1] == 10 * 4 * 4
+
+
+def test_hidden_layers_on_a_map_smaller_than_the_grid_see_it_whole():
+    root = make_root("h", (2, 6, 2, 2), IMAGE)
+    view = Features(root, 4, _hidden(root))
+    assert view.hidden.shape == (6, 2, 2)
+    assert view(torch.randn(5, 6, 2, 2)).shape == (5, view.count) == (5, 10 * 2 * 2)
+
+
+def test_hidden_layers_are_drawn_from_their_generator_alone():
+    root = make_root("h", (2, *SHAPES["map"]), IMAGE)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    one, other = _hidden(root), _hidden(root)
+    assert torch.equal(torch.rand(3), expected)
+    for name, value in one.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value), name
+        assert value.any() == name.endswith("weight")
+
+
+def test_an_image_s_features_do_not_depend_on_the_others():
+    root = make_root("h", (2, *SHAPES["map"]), IMAGE)
+    view, h = Features(root, 4, _hidden(root)), torch.randn(5, *SHAPES["map"])
+    torch.testing.assert_close(view.train()(h)[:1], view.eval()(h[:1]))
+
+
+def test_feedback_goes_to_the_channels_of_its_basis_averaged_over_cells():
+    root = make_root("h", (2, 4, 9, 9), IMAGE)
+    B_U = random_factors(4 * 9, 3, 3, _generator()).U
+    Q = Features(root, 3).channels(B_U, 2)
+    assert Q.shape == (4, 2)
+    torch.testing.assert_close(Q.mT @ Q, torch.eye(2))
+    mean = B_U.reshape(4, 9, 3).mean(dim=1)[:, :2]
+    torch.testing.assert_close(Q @ Q.mT @ mean, mean)
+
+
+def test_feedback_through_hidden_layers_goes_to_the_channels_they_listen_to_most():
+    root = make_root("h", (2, *SHAPES["map"]), IMAGE)
+    view = Features(root, 4, _hidden(root))
+    with torch.no_grad():
+        view.hidden.layers[0].weight[:, [0, 2, 3, 5]] *= 1e-3
+    Q = view.channels(torch.zeros(view.count, 5), 2)
+    torch.testing.assert_close(Q.mT @ Q, torch.eye(2))
+    assert Q[[1, 4]].square().sum() > 2 - 1e-4
+
+
+def test_tokens_and_flat_features_are_read_out_as_they_are(factored, images):
+    network = factored("vit")
+    rule = make_rule(SSA(readout_layers=2))
+    state = rule.init(network, images, 5, _generator())
+    roots = [view for views in state.views for view in views]
+    assert {view.root.is_map for view in roots} == {view.hidden is not None for view in roots}
+
+
+def test_hidden_layers_learn_with_the_block_s_own_loss_and_reach_the_block(
+    factored, images, labels
+):
+    network = factored("smallconv")
+    rule = make_rule(SSA(readout_layers=1, readout_width=8, similarity=0.0))
+    state = rule.init(network, images, 5, _generator())
+    rule.step(network, state, images, labels)
+    first, view = state.cuts.blocks[0], state.views[0][0]
+    found = [p.grad.clone() for p in (*first.parameters(), *view.parameters())]
+    network.zero_grad()
+    state.zero_grad()
+    h = nn.Sequential(*list(network.features)[:3])(images)
+    F.cross_entropy(state.feedback[0][0](view(h)), labels).backward()
+    wanted = [p.grad for p in (*first.parameters(), *view.parameters())]
+    assert all(gradient.any() for gradient in wanted)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_layers_of_a_read_out_that_is_not_there_are_refused_or_left_out(dense, factored, images):
+    with pytest.raises(StiefelError, match="readout_layers .* need error: layerwise"):
+        make_rule(SSA(error="global", readout_layers=1)).init(
+            factored("smallconv"), images, 5, _generator()
+        )
+    taught = make_rule(SSA(readout_layers=1))
+    state = taught.init(factored("smallconv"), images, 5, _generator(), dense("smallconv"))
+    assert all(view.hidden is None for views in state.views for view in views)

@@ -1,0 +1,94 @@
+"""What a read-out and feedback see of a block's roots: averaged maps, or learned features of them.
+
+A linear read-out asks a block for classes at once, and an early block that obeys throws away what
+later ones need. With layers of its own the read-out asks for features that classes can be made of:
+auxiliary networks, Belilovsky et al. 2019 (arXiv 1812.11446). Nøkland & Eidnes 2019 (arXiv
+1901.06656, section 2.1) put one convolution before similarity matching.
+"""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import skip_init
+
+from trainers.cuts import Root
+
+
+class Features(nn.Module):
+    """Features (N, D) of a root.
+
+    Args:
+        root: the tensor that a block hands on.
+        grid: side of the grid to which maps are averaged.
+        hidden: layers that maps go through first; None: none.
+    """
+
+    def __init__(self, root: Root, grid: int, hidden: "HiddenLayers | None" = None) -> None:
+        super().__init__()
+        self.root, self.grid, self.hidden = root, grid, hidden
+        self._last = root if hidden is None else hidden.output
+
+    @property
+    def count(self) -> int:
+        """D."""
+        return self._last.features(self.grid)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """h (N, *root.shape) to (N, D)."""
+        return self._last.pooled(h if self.hidden is None else self.hidden(h), self.grid)
+
+    def channels(self, B_U: Tensor, count: int) -> Tensor:
+        """Orthonormal (C, count): the root's channels to which feedback of basis B_U (D, k) goes.
+
+        The mean of B_U over a map's cells; or what the first hidden layer listens to most.
+        """
+        count = min(count, self.root.channels)
+        if self.hidden is not None:
+            return self.hidden.directions(min(count, B_U.shape[-1]))
+        cells = B_U.reshape(self.root.channels, -1, B_U.shape[-1])
+        return torch.linalg.qr(cells.mean(dim=1)[:, :count]).Q
+
+
+class HiddenLayers(nn.Module):
+    """3x3 convolutions, each with ReLU, on a map averaged to a grid.
+
+    There are no norms, so that an image's features are its own: the same in evaluation, alone, and
+    in another process's share of the batch.
+
+    Args:
+        root: a feature map.
+        grid: side of the grid that the convolutions see.
+        layers: how many.
+        width: channels of each.
+        generator: draws the kernels (He et al. 2015), on the CPU.
+    """
+
+    def __init__(
+        self, root: Root, grid: int, layers: int, width: int, generator: torch.Generator
+    ) -> None:
+        super().__init__()
+        rows, columns = (min(grid, side) for side in root.sides)
+        self.root, self.grid = root, grid
+        self.shape = (root.channels, rows, columns)
+        self.output = Root(f"{root.name}, hidden", (width, rows, columns), "map")
+        inputs = [root.channels] + [width] * (layers - 1)
+        # Not drawn twice, the first time from the caller's random numbers.
+        make = partial(skip_init, nn.Conv2d, kernel_size=3, padding=1)
+        self.layers = nn.ModuleList(make(n, width) for n in inputs)
+        for layer in self.layers:
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=generator)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """h (N, *root.shape) to (N, width, rows, columns)."""
+        h = self.root.pooled(h, self.grid).unflatten(1, self.shape)
+        for layer in self.layers:
+            h = F.relu(layer(h))
+        return h
+
+    def directions(self, count: int) -> Tensor:
+        """The leading left singular vectors (C, count) of the first layer's kernel."""
+        kernel = self.layers[0].weight.detach().transpose(0, 1).flatten(1)
+        return torch.linalg.svd(kernel, full_matrices=False).U[:, :count]
