@@ -56,7 +56,7 @@ class Scale:
     """How much is trained.
 
     Attributes:
-        networks: of the zoo.
+        networks: of the zoo, as `zoo:NAME`, or `NAME*WIDTH` with so many times the channels.
         images: for training; None: all there are.
         epochs: over these.
         held_back: training images that `--select` tests on instead of the test images.
@@ -71,7 +71,7 @@ class Scale:
 SCALES = {
     "tiny": Scale(("smallconv",), 256, 2, held_back=100),
     "small": Scale(("smallconv",), 6000, 5),
-    "medium": Scale(("smallconv", "vgg8", "resnet20", "resnet32"), 6000, 10),
+    "medium": Scale(("smallconv", "vgg8*0.5", "resnet20", "resnet32"), 6000, 10),
     "full": Scale(("smallconv", "vgg13", "resnet32", "mobilenetv1"), None, 100),
 }
 TABLE = {
@@ -156,7 +156,8 @@ def _trained(
 ) -> dict[str, float]:
     """Train one network from its seed; its accuracy, and what it cost."""
     torch.manual_seed(settings.seed)
-    model = load(f"zoo:{network}")
+    name, _, width = network.partition("*")
+    model = load(f"zoo:{name}", args={"width": float(width)} if width else {})
     if method.rank is not None:
         model = factored(model, method.rank)
     data = _data(source, model, size, select)

@@ -81,16 +81,28 @@ def digits(num_classes: int = 10, in_channels: int = 1, size: int = 8) -> Convol
     return Convolutional((32, 64, "M", 64, "M"), (64,), num_classes, in_channels, size)
 
 
-def vgg8(num_classes: int = 10, in_channels: int = 3, size: int = 32) -> Convolutional:
-    """Six convolutions and two linear layers, with batch norm."""
-    plan = (64, "M", 128, "M", 256, 256, "M", 512, 512, "M")
-    return Convolutional(plan, (512,), num_classes, in_channels, size)
+def vgg8(
+    num_classes: int = 10, in_channels: int = 3, size: int = 32, width: float = 1.0
+) -> Convolutional:
+    """Six convolutions and two linear layers, with batch norm; `width` multiplies all of theirs."""
+    plan = _widened((64, "M", 128, "M", 256, 256, "M", 512, 512, "M"), width)
+    return Convolutional(plan, _widened((512,), width), num_classes, in_channels, size)
 
 
-def vgg13(num_classes: int = 10, in_channels: int = 3, size: int = 32) -> Convolutional:
-    """VGG-13 with batch norm, its linear layers 512 wide as is usual for 32x32 images."""
+def vgg13(
+    num_classes: int = 10, in_channels: int = 3, size: int = 32, width: float = 1.0
+) -> Convolutional:
+    """VGG-13 with batch norm, its linear layers 512 wide as is usual for 32x32 images.
+
+    `width` multiplies every layer's channels.
+    """
     plan = (64, 64, "M", 128, 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M")
-    return Convolutional(plan, (512, 512), num_classes, in_channels, size)
+    hidden = _widened((512, 512), width)
+    return Convolutional(_widened(plan, width), hidden, num_classes, in_channels, size)
+
+
+def _widened(plan: tuple[int | str, ...], width: float) -> tuple[int | str, ...]:
+    return tuple(step if step == "M" else max(8, int(step * width)) for step in plan)
 
 
 class MLP(nn.Module):

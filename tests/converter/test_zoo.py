@@ -52,8 +52,10 @@ def test_the_digits_network_has_room_to_be_halved():
     assert 60_000 < count < 100_000
 
 
-def test_width_scales_mobilenet():
-    narrow, wide = (
-        sum(p.numel() for p in ZOO["mobilenetv1"](width=w).parameters()) for w in (0.25, 0.5)
-    )
-    assert narrow < wide / 3
+@pytest.mark.parametrize("name", ["mobilenetv1", "vgg8", "vgg13"])
+def test_width_scales_every_layer(name):
+    narrow, wide = (ZOO[name](width=width) for width in (0.25, 0.5))
+    counts = [sum(p.numel() for p in model.parameters()) for model in (narrow, wide)]
+    assert counts[0] < counts[1] / 3
+    assert narrow.eval()(example(name)).shape == (2, 10)
+    assert len(narrow.state_dict()) == len(wide.state_dict())
