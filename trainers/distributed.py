@@ -181,7 +181,7 @@ class GradientAverage:
 
 
 @contextmanager
-def synchronised_batch_norm(network: nn.Module, world: World) -> Iterator[None]:
+def synchronised_batch_norm(world: World, *modules: nn.Module) -> Iterator[None]:
     """Meanwhile, batch norms in training mode use the statistics of all processes together.
 
     The modules stay what they are; only their forward is replaced. Works on any backend. One
@@ -190,20 +190,21 @@ def synchronised_batch_norm(network: nn.Module, world: World) -> Iterator[None]:
     Raises:
         StiefelError: a batch norm has a forward of its own that this could not stand in for.
     """
-    shared = network.named_modules() if world.size > 1 else ()
-    norms = {n: m for n, m in shared if isinstance(m, _BatchNorm)}
-    for name, norm in norms.items():
+    shared = modules if world.size > 1 else ()
+    named = [pair for module in shared for pair in module.named_modules()]
+    norms = [(name, m) for name, m in named if isinstance(m, _BatchNorm)]
+    for name, norm in norms:
         if type(norm).forward is not _BatchNorm.forward:
             kind = type(norm).__name__
             raise StiefelError(
                 f"batch_norm sync does not know {name}'s {kind}; use train or frozen"
             )
-    for norm in norms.values():
+    for _, norm in norms:
         norm.forward = partial(_synchronised_forward, norm, world)
     try:
         yield
     finally:
-        for norm in norms.values():
+        for _, norm in norms:
             del norm.forward
 
 

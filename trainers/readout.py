@@ -52,10 +52,10 @@ class Features(nn.Module):
 
 
 class HiddenLayers(nn.Module):
-    """3x3 convolutions, each with ReLU, on a map averaged to a grid.
+    """3x3 convolutions, each with batch norm and ReLU, on a map averaged to a grid.
 
-    There are no norms, so that an image's features are its own: the same in evaluation, alone, and
-    in another process's share of the batch.
+    Without norms they do harm: ResNet-20, cut in three, lost four points by it. The norms go by the
+    batch in hand, always: read-outs serve training, and need no statistics for later.
 
     Args:
         root: a feature map.
@@ -75,17 +75,17 @@ class HiddenLayers(nn.Module):
         self.output = Root(f"{root.name}, hidden", (width, rows, columns), "map")
         inputs = [root.channels] + [width] * (layers - 1)
         # Not drawn twice, the first time from the caller's random numbers.
-        make = partial(skip_init, nn.Conv2d, kernel_size=3, padding=1)
+        make = partial(skip_init, nn.Conv2d, kernel_size=3, padding=1, bias=False)
         self.layers = nn.ModuleList(make(n, width) for n in inputs)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(width, track_running_stats=False) for _ in inputs)
         for layer in self.layers:
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=generator)
-            nn.init.zeros_(layer.bias)
 
     def forward(self, h: Tensor) -> Tensor:
         """h (N, *root.shape) to (N, width, rows, columns)."""
         h = self.root.pooled(h, self.grid).unflatten(1, self.shape)
-        for layer in self.layers:
-            h = F.relu(layer(h))
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            h = F.relu(norm(layer(h)))
         return h
 
     def directions(self, count: int) -> Tensor:

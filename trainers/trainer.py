@@ -81,7 +81,8 @@ def train_local(
             training.progress = progress if world.is_main else None
             training.prepare(teacher, resume)
             if settings.batch_norm == "sync":
-                stack.enter_context(synchronised_batch_norm(model, world))
+                norms = synchronised_batch_norm(world, model, training.state)
+                stack.enter_context(norms)
             return training.run(stop)
     finally:
         model.to(home, memory_format=torch.contiguous_format)

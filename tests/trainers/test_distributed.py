@@ -30,6 +30,7 @@ RUNS = {
     "ssa": (SSA(), {"ranks": FALLING, "retract_every": 2}),
     "ssa, all terms": (SSA(alpha=0.1, beta=0.1, cosine=0.1, hoyer=0.1), {"label_smoothing": 0.1}),
     "ssa, global": (SSA(error="global", similarity=1.0), {}),
+    "ssa, hidden layers": (SSA(readout_layers=2, readout_width=8), {}),
     "taught": (SSA(), {}),
     "taught, accumulated": (SSA(cross_entropy=1.0, similarity=4.0), {"accumulate": 2}),
     "dfa": (DFA(storage="recomputed"), {"optimizer": "adamw", "lr": 1e-3}),
@@ -219,7 +220,7 @@ def test_a_batch_norm_of_somebody_s_own_is_not_synchronised_blindly():
         def forward(self, x):
             return super().forward(x) * 2
 
-    sync = synchronised_batch_norm(nn.Sequential(Odd(3)), World(0, 2))
+    sync = synchronised_batch_norm(World(0, 2), nn.Sequential(Odd(3)))
     with pytest.raises(StiefelError, match="does not know 0's Odd; use train or frozen"):
         sync.__enter__()
 

@@ -42,7 +42,9 @@ def test_hidden_layers_are_convolutions_on_the_averaged_map(layout, layers):
     expected = F.avg_pool2d(maps, 2)
     for layer in view.hidden.layers:
         assert layer.kernel_size == (3, 3)
-        expected = F.conv2d(expected, layer.weight, layer.bias, padding=1).relu()
+        expected = F.conv2d(expected, layer.weight, padding=1)
+        variance, mean = torch.var_mean(expected, (0, 2, 3), correction=0, keepdim=True)
+        expected = ((expected - mean) / (variance + 1e-5).sqrt()).relu()
     expected = F.avg_pool2d(expected, 2).flatten(1)
     h = maps if layout == "map" else maps.permute(0, 2, 3, 1)
     torch.testing.assert_close(view(h), expected)
@@ -68,10 +70,11 @@ def test_hidden_layers_are_drawn_from_their_generator_alone():
         assert value.any() == name.endswith("weight")
 
 
-def test_an_image_s_features_do_not_depend_on_the_others():
+def test_hidden_layers_see_the_same_in_evaluation_and_keep_nothing_of_a_batch():
     root = make_root("h", (2, *SHAPES["map"]), IMAGE)
     view, h = Features(root, 4, _hidden(root)), torch.randn(5, *SHAPES["map"])
-    torch.testing.assert_close(view.train()(h)[:1], view.eval()(h[:1]))
+    torch.testing.assert_close(view.train()(h), view.eval()(h))
+    assert not list(view.buffers())
 
 
 def test_feedback_goes_to_the_channels_of_its_basis_averaged_over_cells():
@@ -92,6 +95,14 @@ def test_feedback_through_hidden_layers_goes_to_the_channels_they_listen_to_most
     Q = view.channels(torch.zeros(view.count, 5), 2)
     torch.testing.assert_close(Q.mT @ Q, torch.eye(2))
     assert Q[[1, 4]].square().sum() > 2 - 1e-4
+
+
+def test_a_map_of_one_pixel_has_no_hidden_layers(images):
+    network = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Flatten())
+    network.append(nn.Linear(8, 5))
+    state = make_rule(SSA(readout_layers=1)).init(network, images, 5, _generator())
+    assert [root.shape for root in state.cuts.blocks[0].roots] == [(8, 1, 1)]
+    assert state.views[0][0].hidden is None
 
 
 def test_tokens_and_flat_features_are_read_out_as_they_are(factored, images):

@@ -28,7 +28,8 @@ def draw_feedback(
     ranks = [min(block_rank(network, block), num_classes) for block in cuts.blocks[:-1]]
 
     def hidden(root: Root) -> HiddenLayers | None:
-        if not settings.readout_layers or not root.is_map:
+        # A map of one pixel is a vector, and has nothing for a convolution to see.
+        if not settings.readout_layers or not root.is_map or root.sides == (1, 1):
             return None
         size = (settings.readout_layers, settings.readout_width)
         return HiddenLayers(root, 2 * settings.pool, *size, generator)
