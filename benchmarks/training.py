@@ -32,7 +32,7 @@ from trainers.settings import TrainSettings
 from trainers.trainer import train_local
 
 MEMORY_BATCH = 64
-RATES = (2e-3, 1e-3, 5e-3)  # tried by --select; the first is used
+RATES = (2e-3, 5e-3, 1e-2)  # tried by --select
 LOOKS = 500  # test images to look at after each epoch; accuracy is of all of them, at the end
 
 
@@ -43,12 +43,23 @@ class Method:
     Attributes:
         rule: how the network is trained.
         rank: fraction of full rank; None leaves the network dense.
+        lr: the best of `RATES`, as selected on the small network.
+        share: of the network's layers to make one block; None: as the rule says.
         settings: of the training, where they are not the defaults.
     """
 
     rule: RuleSettings
     rank: float | None = 0.5
+    lr: float = 5e-3
+    share: float | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def rule_for(self, model: nn.Module) -> RuleSettings:
+        """The rule, with as many layers to a block as are asked for; two at least."""
+        if self.share is None:
+            return self.rule
+        layers = max(2, int(self.share * len(find_layers(model))))
+        return self.rule.model_copy(update={"layers_per_block": layers})
 
 
 @dataclass(frozen=True)
@@ -80,6 +91,8 @@ TABLE = {
     "DFA, dense random feedback": Method(DFA(), None),
     "SSA, global error": Method(SSA(error="global")),
     "SSA, layer-wise": Method(SSA()),
+    "SSA, layer-wise, in three": Method(SSA(), share=1 / 3),
+    "SSA, layer-wise, in three, hidden layers": Method(SSA(readout_layers=2), share=1 / 3),
     "SSA, layer-wise, rank falling": Method(SSA(), settings={"ranks": RankSchedule(final="0.25")}),
 }
 # One change at a time to the defaults, «SSA, layer-wise» above.
@@ -97,13 +110,16 @@ ABLATION = {
     "pool 1": Method(SSA(pool=1)),
     "pool 2": Method(SSA(pool=2)),
     "2 layers to a block": Method(SSA(layers_per_block=2)),
+    "hidden layers": Method(SSA(readout_layers=2)),
+    "hidden layer, one": Method(SSA(readout_layers=1)),
+    "hidden layers, 2 layers to a block": Method(SSA(readout_layers=2, layers_per_block=2)),
     "rank 0.75": Method(SSA(), rank=0.75),
     "rank 0.25 from the start": Method(SSA(), rank=0.25),
     "retraction QR": Method(SSA(), settings={"retraction": "qr"}),
     "retraction polar": Method(SSA(), settings={"retraction": "polar"}),
     "retraction every step": Method(SSA(), settings={"retract_every": 1}),
     "no retraction": Method(SSA(), settings={"retract_every": 0}),
-    "SGD, rate 0.1": Method(SSA(), settings={"optimizer": "sgd", "lr": 0.1}),
+    "SGD, rate 0.1": Method(SSA(), lr=0.1, settings={"optimizer": "sgd"}),
     "rank falling to 0.25": TABLE["SSA, layer-wise, rank falling"],
 }
 
@@ -139,12 +155,13 @@ def main(kind, scale, networks, methods, seeds, select, data, device, precision,
     for seed in range(1 if select else seeds):
         for network in networks.split(",") if networks else size.networks:
             for label in asked_for:
-                own = rows[label].settings
-                for lr in RATES if select else (own.get("lr", RATES[0]),):
-                    plain = {"batch_size": 128, "precision": precision, **own, "lr": lr}
-                    settings = TrainSettings(epochs=size.epochs, seed=seed, device=device, **plain)
+                method = rows[label]
+                for lr in RATES if select else (method.lr,):
+                    plain = {"batch_size": 128, "precision": precision, "lr": lr}
+                    plain |= {"epochs": size.epochs, "seed": seed, "device": device}
+                    settings = TrainSettings(**plain | method.settings)
                     asked = {"network": network, "method": label, "lr": lr, "seed": seed}
-                    rest = (rows[label], settings, size, data, select)
+                    rest = (method, settings, size, data, select)
                     study.measure(asked, partial(_trained, network, *rest))
     table = _table(study)
     print(table)
@@ -162,9 +179,10 @@ def _trained(
         model = factored(model, method.rank)
     data = _data(source, model, size, select)
     batch = torch.randn(MEMORY_BATCH, *spec_of(model).input.shape)
-    memory = activation_memory_mib(model, method.rule, batch, num_classes=len(data.classes))
+    rule = method.rule_for(model)
+    memory = activation_memory_mib(model, rule, batch, num_classes=len(data.classes))
     glance = replace(data, test=data.test.limited(LOOKS, seed=0))
-    history = train_local(model, glance, rule=method.rule, settings=settings)
+    history = train_local(model, glance, rule=rule, settings=settings)
     ranks = [layer.rank / layer.full_rank for layer in factored_layers(model).values()]
     rest = {"device": settings.device, "precision": settings.precision}
     return {

@@ -45,7 +45,7 @@ class SSA(FeedbackSettings):
         description="3x3 convolutions that maps go through before read-out and similarity, on "
         "twice the pool's grid, learned locally",
     )
-    readout_width: int = Field(64, ge=1, description="channels of these convolutions")
+    readout_width: int = Field(32, ge=1, description="channels of these convolutions")
     cross_entropy: float | None = Field(
         None, ge=0, description="weight of the cross-entropy; default 1, or 0 with a teacher"
     )
