@@ -91,8 +91,8 @@ TABLE = {
     "DFA, dense random feedback": Method(DFA(), None),
     "SSA, global error": Method(SSA(error="global")),
     "SSA, layer-wise": Method(SSA()),
+    "SSA, layer-wise, linear read-outs": Method(SSA(readout_layers=0)),
     "SSA, layer-wise, in three": Method(SSA(), share=1 / 3),
-    "SSA, layer-wise, in three, hidden layers": Method(SSA(readout_layers=2), share=1 / 3),
     "SSA, layer-wise, rank falling": Method(SSA(), settings={"ranks": RankSchedule(final="0.25")}),
 }
 # One change at a time to the defaults, «SSA, layer-wise» above.
@@ -110,9 +110,10 @@ ABLATION = {
     "pool 1": Method(SSA(pool=1)),
     "pool 2": Method(SSA(pool=2)),
     "2 layers to a block": Method(SSA(layers_per_block=2)),
-    "hidden layers": Method(SSA(readout_layers=2)),
-    "hidden layer, one": Method(SSA(readout_layers=1)),
-    "hidden layers, 2 layers to a block": Method(SSA(readout_layers=2, layers_per_block=2)),
+    "linear read-outs": TABLE["SSA, layer-wise, linear read-outs"],
+    "linear read-outs, 2 layers to a block": Method(SSA(readout_layers=0, layers_per_block=2)),
+    "one hidden layer": Method(SSA(readout_layers=1)),
+    "hidden layers 64 wide": Method(SSA(readout_width=64)),
     "rank 0.75": Method(SSA(), rank=0.75),
     "rank 0.25 from the start": Method(SSA(), rank=0.25),
     "retraction QR": Method(SSA(), settings={"retraction": "qr"}),

@@ -39,11 +39,12 @@ class SSA(FeedbackSettings):
     feedback: Literal["fixed", "learned", "calibrated", "kolen-pollack"] = Field(
         "learned", description="how the feedback matrices B come about"
     )
-    readout_layers: int = Field(
-        0,
+    readout_layers: int | None = Field(
+        None,
         ge=0,
         description="3x3 convolutions that maps go through before read-out and similarity, on "
-        "twice the pool's grid, learned locally",
+        "twice the pool's grid, learned locally; default 2 where feedback is learned from a "
+        "layerwise error, else 0",
     )
     readout_width: int = Field(32, ge=1, description="channels of these convolutions")
     cross_entropy: float | None = Field(
@@ -69,7 +70,9 @@ class SSA(FeedbackSettings):
             StiefelError: distillation is asked for and there is no teacher, read-outs are to have
                 layers and there are none, or nothing trains.
         """
+        learned = self.error == "layerwise" and self.feedback == "learned"
         defaults = {
+            "readout_layers": 2 if learned else 0,
             "cross_entropy": 0.0 if with_teacher else 1.0,
             "similarity": 0.0 if with_teacher or self.error == "global" else 10.0,
             "distillation": 1.0 if with_teacher else 0.0,
