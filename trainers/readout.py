@@ -23,21 +23,24 @@ class Features(nn.Module):
         root: the tensor that a block hands on.
         grid: side of the grid to which maps are averaged.
         hidden: layers that maps go through first; None: none.
+
+    Attributes:
+        last: what is averaged, the root or what hidden layers make of it.
     """
 
     def __init__(self, root: Root, grid: int, hidden: "HiddenLayers | None" = None) -> None:
         super().__init__()
         self.root, self.grid, self.hidden = root, grid, hidden
-        self._last = root if hidden is None else hidden.output
+        self.last = root if hidden is None else hidden.output
 
     @property
     def count(self) -> int:
         """D."""
-        return self._last.features(self.grid)
+        return self.last.features(self.grid)
 
     def forward(self, h: Tensor) -> Tensor:
         """h (N, *root.shape) to (N, D)."""
-        return self._last.pooled(h if self.hidden is None else self.hidden(h), self.grid)
+        return self.last.pooled(h if self.hidden is None else self.hidden(h), self.grid)
 
     def channels(self, B_U: Tensor, count: int) -> Tensor:
         """Orthonormal (C, count): the root's channels to which feedback of basis B_U (D, k) goes.
