@@ -121,7 +121,7 @@ def test_backprop_in_the_trainer_is_torch_s_own_loop_step_by_step():
 
 @pytest.mark.parametrize("rule", [BP(), SSA(similarity=0.0, readout_layers=0), DFA()])
 def test_accumulated_parts_make_the_same_step_as_the_whole_batch(rule):
-    # Without batch statistics, of which each part has its own; hidden layers of read-outs have some.
+    # Without batch statistics, of which each part has its own, those of hidden layers too.
     results = []
     for accumulate in (1, 4):
         torch.manual_seed(0)
