@@ -47,6 +47,7 @@ RULES: dict[str, tuple[str, RuleSettings]] = {
     "dfa, stored": ("factored", DFA()),
     "ssa global, recomputed": ("factored", SSA(error="global", storage="recomputed")),
     "ssa": ("factored", SSA()),
+    "ssa, linear read-outs": ("factored", SSA(readout_layers=0)),
     "ssa, cut at layers": ("factored", SSA(boundaries="layers")),
     "ssa, no similarity": ("factored", SSA(similarity=0.0)),
 }
@@ -63,7 +64,7 @@ DEPTHS = (20, 32, 44, 56, 110)
 WIDTHS = (16, 32, 64, 128)
 SWEPT = ("backprop, dense", "backprop", "dfa, stored", "ssa")
 # With a thousand classes each contender weighs gigabytes, optimizer included.
-HEAVY = ("backprop, dense", "backprop", "ssa", "ssa, cut at layers")
+HEAVY = ("backprop, dense", "backprop", "ssa", "ssa, linear read-outs", "ssa, cut at layers")
 
 
 @dataclass
