@@ -15,7 +15,7 @@ from converter.requests import Request
 from converter.spectra import Decomposer, Progress
 
 LATENCY_ROUNDS = 5
-LATENCY_TOLERANCE = 0.05  # of the time asked for: measurements are no closer than that
+LATENCY_TOLERANCE = 0.03  # of the time asked for: measurements are no closer than that
 ROUNDING = 1e-12  # relative energy that is below float32's own
 
 

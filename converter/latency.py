@@ -23,7 +23,7 @@ from converter.layers import Layer, find_layers, install, prepared
 MULTIPLE = {"cpu": 8, "cuda": 16}  # vector width and tensor-core tile; other ranks waste lanes
 STEP = 1.2  # the ranks on offer lie about so far apart
 LEAST_SECONDS, LEAST_RUNS = 0.02, 5  # a layer is timed so long, so often, at least
-MODEL_SECONDS, MODEL_RUNS = 0.5, 15  # a whole model, by which a plan is judged
+MODEL_SECONDS, MODEL_RUNS = 4.0, 15  # a whole model, by which a plan is judged
 MOST_SECONDS = 60.0  # enough of a slow model, if it ran thrice
 
 
