@@ -35,12 +35,15 @@ def newton_schulz(U: Tensor) -> Tensor:
     """One step towards the nearest orthonormal U (..., m, r): U ← 1.5 U − 0.5 U UᵀU.
 
     Singular values σ go to 1.5σ − 0.5σ³: the error of a σ near 1 is squared, and every σ in (0, √3)
-    converges to 1. A U that strayed further than departure 1 is first shrunk so that σ² ≤ 2, since
-    σ > √3 would diverge; this needs no look at the values from the host.
+    converges to 1. A U of larger ones is first shrunk so that σ² ≤ 2, since σ > √3 would diverge;
+    this needs no look at the values from the host.
     """
     gram = _gram(U)
-    # 1 + ‖UᵀU − I‖ bounds the largest σ², tightly so near the manifold.
-    bound = 1 + torch.linalg.matrix_norm(gram - _identity(U), keepdim=True)
+    error = gram - _identity(U)
+    # The largest σ² is at most either: the first is tight near the manifold, the second far inside
+    # it. In Schatten's 4-norm, for the 2-norm is too large by √r instead of its root: wide layers
+    # that strayed were shrunk more than they grew back, and vanished.
+    bound = torch.minimum(1 + _schatten4(error), _schatten4(gram))
     shrink = (2 / bound).clamp(max=1)
     return shrink.sqrt() * (1.5 * U - 0.5 * shrink * (U @ gram))
 
@@ -230,6 +233,11 @@ def _once(parameters: Iterable[nn.Parameter]) -> Iterable[nn.Parameter]:
 
 def _gram(U: Tensor) -> Tensor:
     return U.mT @ U
+
+
+def _schatten4(A: Tensor) -> Tensor:
+    """(Σ λ⁴)^¼ of symmetric A (..., r, r), (..., 1, 1): the largest |λ|, or up to r^¼ of it."""
+    return torch.linalg.matrix_norm(A @ A, keepdim=True).sqrt()
 
 
 def _identity(U: Tensor) -> Tensor:

@@ -81,6 +81,21 @@ def test_retractions_leave_a_point_of_the_manifold_where_it_is(name, shape, lead
     torch.testing.assert_close(RETRACTIONS[name](U), U, atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("rank", [16, 128])
+@pytest.mark.parametrize("size", [0.01, 0.3, 0.8, 1.2, 3.0])
+def test_newton_schulz_brings_back_wide_factors_that_strayed_far(rank, size):
+    """Shrunk by a bound that grows with √rank, they would vanish instead."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(2 * rank, rank, generator=generator) / (2 * rank) ** 0.5
+    for U in (size * qr(noise), qr(noise) + size * noise):
+        smallest = torch.linalg.svdvals(U).min()
+        for _ in range(25):
+            U = newton_schulz(U)
+            least = torch.linalg.svdvals(U).min()
+            assert least > 0.99 * min(smallest, 0.3)
+        assert departure(U) < 1e-4
+
+
 @pytest.mark.parametrize("retraction", [newton_schulz, qr, polar])
 @given(shape=shapes, seed=seeds)
 def test_retractions_agree_with_a_tangent_step_to_first_order(retraction, shape, seed):
