@@ -30,9 +30,9 @@ HELD_BACK = 2000
 # The rules compared: the learning rates tried, by --select; the first is the one chosen there.
 METHODS: dict[str, tuple[RuleSettings, tuple[float, ...]]] = {
     "backpropagation": (BP(), (1e-3, 3e-4, 2e-3)),
-    "local, residual units": (SSA(), (3e-3, 1e-3, 5e-3)),
-    "local, 6 layers to a block": (SSA(layers_per_block=6), (3e-3, 1e-3)),
     "local, 18 layers to a block": (SSA(layers_per_block=18), (3e-3, 1e-3)),
+    "local, 6 layers to a block": (SSA(layers_per_block=6), (3e-3, 1e-3)),
+    "local, residual units": (SSA(), (3e-3, 1e-3, 5e-3)),
 }
 
 
