@@ -31,6 +31,10 @@ HELD_BACK = 2000
 METHODS: dict[str, tuple[RuleSettings, tuple[float, ...]]] = {
     "backpropagation": (BP(), (1e-3, 3e-4, 2e-3)),
     "local, 18 layers to a block": (SSA(layers_per_block=18), (3e-3, 1e-3)),
+    "local, 18 layers, cross-entropy 0.3 beside": (
+        SSA(layers_per_block=18, cross_entropy=0.3),
+        (3e-3, 1e-3),
+    ),
     "local, 6 layers to a block": (SSA(layers_per_block=6), (3e-3, 1e-3)),
     "local, residual units": (SSA(), (3e-3, 1e-3, 5e-3)),
 }
