@@ -249,6 +249,8 @@ def test_names_that_make_no_blocks_are_refused(network, globs, message, images):
 def test_named_blocks_leave_nothing_else_to_say_of_where_to_cut(other, images):
     with pytest.raises(StiefelError, match=f"so {min(other)} has nothing to say"):
         cut(_Branching(), images, CutSettings(blocks=("parts.*",), **other))
+    defaults = {name: CutSettings.model_fields[name].default for name in other}
+    assert cut(_Branching(), images, CutSettings(blocks=("parts.*",), **defaults)).blocks
 
 
 class _Opaque(nn.Module):

@@ -53,10 +53,12 @@ def cut(network: nn.Module, example: Tensor, settings: CutSettings) -> Cuts:
             blocks are named and it is also said where else to cut.
     """
     if settings.blocks:
-        if unused := settings.model_fields_set & {"boundaries", "layers_per_block"}:
-            raise StiefelError(
-                f"blocks names the blocks, so {min(unused)} has nothing to say: leave one out"
-            )
+        for name in ("boundaries", "layers_per_block"):
+            # A resolved recipe spells out defaults, so these are nobody's wish.
+            if getattr(settings, name) != CutSettings.model_fields[name].default:
+                raise StiefelError(
+                    f"blocks names the blocks, so {name} has nothing to say: leave one out"
+                )
         return NamedCuts(network, settings.blocks, example)
     traced = trace(network, example)
     ends = choose_ends(traced, settings)
