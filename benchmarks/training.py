@@ -67,7 +67,7 @@ class Scale:
     """How much is trained.
 
     Attributes:
-        networks: of the zoo, as `zoo:NAME`, or `NAME*WIDTH` with so many times the channels.
+        networks: names of the zoo's, or `NAME*WIDTH` with so many times the channels.
         images: for training; None: all there are.
         epochs: over these.
         held_back: training images that `--select` tests on instead of the test images.
@@ -152,7 +152,8 @@ def main(kind, scale, networks, methods, seeds, select, data, device, precision,
     }
     study = Study(out or RESULTS / f"{name}.json", about)
     rows = TABLE if kind == "comparison" else {"defaults": TABLE["SSA, layer-wise"], **ABLATION}
-    asked_for = [label for label in rows if any(fnmatch(label, glob) for glob in methods or "*")]
+    globs = methods or ("*",)
+    asked_for = [label for label in rows if any(fnmatch(label, glob) for glob in globs)]
     for seed in range(1 if select else seeds):
         for network in networks.split(",") if networks else size.networks:
             for label in asked_for:

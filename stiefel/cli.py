@@ -200,9 +200,7 @@ def train_command(path: Path, rule: str, **values: Any) -> None:
         done = {"step": "train-local", "rule": rule}
         done["accuracy"] = last = history.records[-1]["test_accuracy"]
         save_factored(model, output, history=done)
-        (out / "diagnostics.png").unlink(missing_ok=True)  # an earlier run's
-        if history.diagnostics:
-            draw_diagnostics(history.diagnostics, out / "diagnostics.png")
+        draw_diagnostics(history.diagnostics, out / "diagnostics.png")
         best = f"{100 * history.best_accuracy:.2f} %, in {out / 'best.safetensors'}"
         better = f" (best: {best})" if history.best_accuracy > last else ""
         console.show(f"Test accuracy {100 * last:.2f} %{better}. Wrote {output}.")

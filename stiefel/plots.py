@@ -82,13 +82,16 @@ def draw_comparison(report: Mapping[str, Any], path: Path) -> Path:
     return _save(figure, path)
 
 
-def draw_diagnostics(looks: Sequence[Mapping[str, Any]], path: Path) -> Path:
+def draw_diagnostics(looks: Sequence[Mapping[str, Any]], path: Path) -> Path | None:
     """What a training was like inside: a line for each layer or block, from input to output.
 
     Args:
-        looks: `History.diagnostics`, at least one.
+        looks: `History.diagnostics`; without any there is no picture, an earlier run's neither.
         path: the picture to write.
     """
+    if not looks:
+        path.unlink(missing_ok=True)
+        return None
     figure, axes = plt.subplots(2, 2, figsize=(9, 6.4), sharex=True, layout="constrained")
     epochs = [look["epoch"] for look in looks]
 

@@ -26,9 +26,9 @@ def write(report: Report, folder: Path) -> list[Path]:
     plots = []
     if report.get("training") or report.get("pretraining"):
         plots.append(draw_training(report, folder / "training.png"))
-    (folder / "diagnostics.png").unlink(missing_ok=True)  # an earlier run's
-    if looks := report.get("training", {}).get("diagnostics"):
-        plots.append(draw_diagnostics(looks, folder / "diagnostics.png"))
+    looks = report.get("training", {}).get("diagnostics", ())
+    if picture := draw_diagnostics(looks, folder / "diagnostics.png"):
+        plots.append(picture)
     plots.append(draw_comparison(report, folder / "comparison.png"))
     write_text(folder / "report.json", json.dumps(report, indent=2) + "\n")
     write_text(folder / "report.md", markdown(report, plots))

@@ -37,7 +37,8 @@ def similarity_target(y: Tensor, num_classes: int) -> Tensor:
 def similarity_matching(z: Tensor, target: Tensor) -> Tensor:
     """mean[(ẑẑᵀ − target)²] with ẑ the batch-centred rows of z (N, D), scaled to unit length.
 
-    Nøkland & Eidnes 2019 (arXiv 1901.06656), section 2.1, on features without their convolution.
+    Nøkland & Eidnes 2019 (arXiv 1901.06656), section 2.1; their convolution, where there is one, is
+    a part of the features (`trainers.readout`).
 
     Args:
         z: (N, D) features.

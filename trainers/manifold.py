@@ -39,11 +39,12 @@ def newton_schulz(U: Tensor) -> Tensor:
     this needs no look at the values from the host.
     """
     gram = _gram(U)
-    error = gram - _identity(U)
-    # The largest σ² is at most either: the first is tight near the manifold, the second far inside
-    # it. In Schatten's 4-norm, for the 2-norm is too large by √r instead of its root: wide layers
-    # that strayed were shrunk more than they grew back, and vanished.
-    bound = torch.minimum(1 + _schatten4(error), _schatten4(gram))
+    square = gram @ gram
+    # The largest σ² is at most 1 + |UᵀU − I|, tight near the manifold, and |UᵀU|, tight far inside
+    # it. In Schatten's 4-norm, |A|⁴ = ‖A²‖²: Frobenius' is too large by √r, this by its root, and
+    # wide layers that strayed were shrunk by it more than they grew back, and vanished.
+    off = square - 2 * gram + _identity(U)  # (UᵀU − I)²
+    bound = torch.minimum(1 + _root_norm(off), _root_norm(square))
     shrink = (2 / bound).clamp(max=1)
     return shrink.sqrt() * (1.5 * U - 0.5 * shrink * (U @ gram))
 
@@ -235,9 +236,9 @@ def _gram(U: Tensor) -> Tensor:
     return U.mT @ U
 
 
-def _schatten4(A: Tensor) -> Tensor:
-    """(Σ λ⁴)^¼ of symmetric A (..., r, r), (..., 1, 1): the largest |λ|, or up to r^¼ of it."""
-    return torch.linalg.matrix_norm(A @ A, keepdim=True).sqrt()
+def _root_norm(A: Tensor) -> Tensor:
+    """√‖A‖_F of A (..., r, r), (..., 1, 1)."""
+    return torch.linalg.matrix_norm(A, keepdim=True).sqrt()
 
 
 def _identity(U: Tensor) -> Tensor:

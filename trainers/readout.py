@@ -47,9 +47,9 @@ class Features(nn.Module):
 
         The mean of B_U over a map's cells; or what the first hidden layer listens to most.
         """
-        count = min(count, self.root.channels)
+        count = min(count, self.root.channels, B_U.shape[-1])
         if self.hidden is not None:
-            return self.hidden.directions(min(count, B_U.shape[-1]))
+            return self.hidden.directions(count)
         cells = B_U.reshape(self.root.channels, -1, B_U.shape[-1])
         return torch.linalg.qr(cells.mean(dim=1)[:, :count]).Q
 
@@ -72,10 +72,10 @@ class HiddenLayers(nn.Module):
         self, root: Root, grid: int, layers: int, width: int, generator: torch.Generator
     ) -> None:
         super().__init__()
-        rows, columns = (min(grid, side) for side in root.sides)
+        cells = root.cells(grid)
         self.root, self.grid = root, grid
-        self.shape = (root.channels, rows, columns)
-        self.output = Root(f"{root.name}, hidden", (width, rows, columns), "map")
+        self.shape = (root.channels, *cells)
+        self.output = Root(f"{root.name}, hidden", (width, *cells), "map")
         inputs = [root.channels] + [width] * (layers - 1)
         # Not drawn twice, the first time from the caller's random numbers.
         make = partial(skip_init, nn.Conv2d, kernel_size=3, padding=1, bias=False)

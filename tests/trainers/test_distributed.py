@@ -30,7 +30,7 @@ RUNS = {
     "ssa": (SSA(), {"ranks": FALLING, "retract_every": 2}),
     "ssa, all terms": (SSA(alpha=0.1, beta=0.1, cosine=0.1, hoyer=0.1), {"label_smoothing": 0.1}),
     "ssa, global": (SSA(error="global", similarity=1.0), {}),
-    "ssa, hidden layers": (SSA(readout_layers=2, readout_width=8), {}),
+    "ssa, linear read-outs": (SSA(readout_layers=0), {}),
     "taught": (SSA(), {}),
     "taught, accumulated": (SSA(cross_entropy=1.0, similarity=4.0), {"accumulate": 2}),
     "dfa": (DFA(storage="recomputed"), {"optimizer": "adamw", "lr": 1e-3}),

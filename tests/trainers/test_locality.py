@@ -9,7 +9,7 @@ NETWORKS = ["resnet", "densenet", "mobilenetv2", "vit"]
 LOCAL = {
     "layer-wise": SSA(alpha=0.1, beta=0.1, cosine=0.1, hoyer=0.1),
     "layer-wise, cut at layers": SSA(boundaries="layers"),
-    "layer-wise, hidden layers": SSA(readout_layers=2, readout_width=8),
+    "layer-wise, linear read-outs": SSA(readout_layers=0),
     "layer-wise, fixed": SSA(feedback="fixed"),
     "layer-wise, kolen-pollack": SSA(feedback="kolen-pollack"),
     "layer-wise, calibrated": SSA(feedback="calibrated"),

@@ -21,14 +21,14 @@ EVERY_RULE = {
     "layer-wise, fixed": SSA(feedback="fixed"),
     "layer-wise, kolen-pollack": SSA(feedback="kolen-pollack"),
     "layer-wise, calibrated": SSA(feedback="calibrated"),
-    "layer-wise, hidden layers": SSA(readout_layers=2, readout_width=8),
+    "layer-wise, linear read-outs": SSA(readout_layers=0),
     "global": SSA(error="global"),
     "global, recomputed": SSA(error="global", storage="recomputed"),
     "global, fixed": SSA(error="global", feedback="fixed"),
     "global, kolen-pollack": SSA(error="global", feedback="kolen-pollack"),
     "all terms": SSA(alpha=0.1, beta=0.1, cosine=0.1, hoyer=0.1),
-    "all terms, hidden layer": SSA(
-        alpha=0.1, beta=0.1, cosine=0.1, hoyer=0.1, readout_layers=1, readout_width=8
+    "all terms, linear read-outs": SSA(
+        alpha=0.1, beta=0.1, cosine=0.1, hoyer=0.1, readout_layers=0
     ),
 }
 

@@ -59,10 +59,15 @@ class Root:
         """(H, W) of a feature map."""
         return self.shape[1:] if self.layout == "map" else self.shape[:2]
 
+    def cells(self, grid: int) -> tuple[int, int]:
+        """Rows and columns that a feature map is averaged to: `grid`, or its own where fewer."""
+        height, width = self.sides
+        return min(grid, height), min(grid, width)
+
     def features(self, grid: int) -> int:
         """D, how many features `pooled` gives."""
         if self.is_map:
-            return self.channels * math.prod(min(grid, side) for side in self.sides)
+            return self.channels * math.prod(self.cells(grid))
         return self.shape[-1] if self.layout == "tokens" else math.prod(self.shape)
 
     def grid(self, side: int, most: int) -> int:
@@ -91,8 +96,7 @@ class Root:
         if self.layout == "map-last":
             h = h.permute(0, 3, 1, 2)
         if self.is_map:
-            height, width = h.shape[-2:]
-            rows, columns = min(grid, height), min(grid, width)
+            (height, width), (rows, columns) = self.sides, self.cells(grid)
             if height % rows == 0 and width % columns == 0:
                 # The same means; unlike adaptive pooling, it repeats bit for bit on CUDA.
                 h = _CellMeans.apply(h, (height // rows, width // columns))

@@ -26,8 +26,7 @@ class DirectFeedback:
     ) -> nn.Module:
         """See `Rule.init`; a teacher is of no use here."""
         cuts, _ = cut_network(network, example, self.settings)
-        blocks = cuts.blocks[:-1]
-        views = choose_views(cuts, self.settings, [num_classes] * len(blocks))
+        views = choose_views(cuts, self.settings, [num_classes] * (len(cuts.blocks) - 1))
         feedback = [
             [DenseFeedback(view.count, num_classes, generator) for view in seen]
             for seen in views[:-1]
