@@ -123,6 +123,20 @@ def test_layers_per_block_widens_the_blocks(size, blocks, factored, images):
     assert len(cuts.blocks) == blocks
 
 
+@pytest.mark.parametrize("size", [3, 10])
+# Swin's attention counts as the layers whose weights it takes; a shared layer as often as it runs.
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("swin", "shared")])
+def test_every_block_but_the_last_has_the_layers_asked_for(name, size, factored, images):
+    network = factored(name)
+    alone, joined = (
+        cut(network, images, CutSettings(layers_per_block=n)).blocks for n in (1, size)
+    )
+    assert all(len(block.layers) >= size for block in joined[:-1])
+    assert sum((b.layers for b in joined), ()) == sum((b.layers for b in alone), ())
+    # Wider blocks are units joined: none is cut where units are not.
+    assert {b.layers[-1] for b in joined} <= {b.layers[-1] for b in alone}
+
+
 def test_a_dense_block_of_a_densenet_is_cut_inside(factored, images):
     names = [block.name for block in cut(factored("densenet"), images, CutSettings()).blocks]
     assert "features.denseblock1.denselayer1" in names

@@ -33,11 +33,11 @@ def choose_ends(traced: Traced, settings: CutSettings) -> list[int]:
     places, size = _Places(traced), settings.layers_per_block
     if settings.boundaries == "layers":
         return places.group(0, len(places), size, None)
-    ends = places.group(0, len(places), size, width=1)
-    for start, end in list(pairwise([0, *ends, len(places)])):
-        if places.count(start, end) > max(_LARGEST_UNIT, size):
-            ends += places.group(start, end, max(size, 2), None)
-    return sorted(ends)
+    units = places.group(0, len(places), 1, width=1)
+    for start, end in list(pairwise([0, *units, len(places)])):
+        if places.count(start, end) > _LARGEST_UNIT:
+            units += places.group(start, end, 2, None)
+    return places.join(sorted(units), size)
 
 
 def make_segments(traced: Traced, ends: list[int]) -> list[Segment]:
@@ -169,3 +169,11 @@ class _Places:
         if ends and not self.count(ends[-1], end):
             ends.pop()
         return ends
+
+    def join(self, ends: list[int], size: int) -> list[int]:
+        """Those of these ends that leave at least `size` layers to every block but the last."""
+        kept = [0]
+        for end in ends:
+            if self.count(kept[-1], end) >= size:
+                kept.append(end)
+        return kept[1:]
