@@ -4,12 +4,15 @@ The public CIFAR-10 ResNets are converted to a share of their convolutions' para
 convolution and the head stay as they are in size), each step of the recipe added in turn, and
 tested on the whole test set. Whatever is calibrated is so on unlabelled training images, drawn
 anew for each draw. The recipe's settings were chosen on other training images, never on the test
-set. Rows already in the output file are not measured again, so an interrupted run goes on.
+set. Rows already in the output file are not measured again, so an interrupted run goes on. tensorly
+comes with `pip install -e ".[bench]"`, and its row is left out without it.
 """
 
+import copy
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.study import RESULTS, Study, markdown_table, mean_sd, real_data
+from benchmarks.tensorly_torch import channel_ranks, tucker, tucker_parameters
 from converter.calibration import Calibration
 from converter.convert import convert, plan
 from converter.cost import count_parameters
@@ -35,8 +39,9 @@ NETWORKS = {"resnet56": "resnet56-4bfd9763.th", "resnet32": "resnet32-d509ac18.t
 OFF = Calibration(
     whitened=False, sequential=False, match_batch_norm=False, sensitivity=0, refine_steps=0
 )
-# Each has what the one before it has, and one thing more.
+# From "plain" on, each has what the one before it has, and one thing more.
 STEPS: dict[str, Calibration | None] = {
+    "tensorly": None,
     "plain": None,
     "budgeted": None,
     "whitened": OFF.model_copy(update={"whitened": True}),
@@ -46,6 +51,7 @@ STEPS: dict[str, Calibration | None] = {
     "refined": Calibration(),
 }
 MEANING = {
+    "tensorly": "another toolkit: Tucker, the same fraction of channels everywhere",
     "plain": "the same fraction of full rank everywhere",
     "budgeted": "ranks from one budget on relative energy",
     "whitened": "truncated in the norm of each layer's inputs",
@@ -85,7 +91,7 @@ def main(cifar, data, scale, draws, count, threads, only, out) -> None:
     wanted = _wanted(only.split(",") if only else list(STEPS), 1 if small else draws, small)
     for network, fraction, step, draw in wanted:
         asked = {"network": network, "kept": fraction, "step": step, "draw": draw}
-        if study.find(**asked):
+        if study.find(**asked) or (step == "tensorly" and find_spec("tltorch") is None):
             continue
         if bench is None or bench.network != network:
             bench = Bench(network, folder / NETWORKS[network], cifar, limit, count)
@@ -121,13 +127,16 @@ class Bench:
     def measure(self, fraction: float, step: str, draw: int) -> dict[str, Any]:
         """Convert and test once."""
         settings = STEPS[step]
-        if settings is None:
+        if step == "tensorly":
+            small, kept = self._tucker(fraction)
+        elif settings is None:
             made = self._uniform(fraction) if step == "plain" else self._budgeted(fraction)
-            small = convert(self.model, made)
+            small, kept = convert(self.model, made), self._kept(made)
         else:
             x = images(self.data.train, self.count, seed=draw)
             made = self._budgeted(fraction, x, settings)
             small = convert(self.model, made, calibration=x, settings=settings)
+            kept = self._kept(made)
         said = self._predict(small)
         dense = float((self.said == self.labels).double().mean())
         accuracy = float((said == self.labels).double().mean())
@@ -136,7 +145,7 @@ class Bench:
             "dense_accuracy": dense,
             "points_lost": 100 * (dense - accuracy),
             "agreement": float((said == self.said).double().mean()),
-            "convolution_parameters_kept": self._kept(made),
+            "convolution_parameters_kept": kept,
         }
 
     def _budgeted(
@@ -154,12 +163,31 @@ class Bench:
 
     def _uniform(self, fraction: float) -> RankPlan:
         """The fraction of full rank that comes nearest to the parameters wanted."""
-        low, high = 0.01, 1.0
-        for _ in range(12):
-            middle = (low + high) / 2
-            made = plan(self.model, middle, layers={"linear": "keep"})
-            low, high = (middle, high) if self._kept(made) < fraction else (low, middle)
-        return plan(self.model, low, layers={"linear": "keep"})
+
+        def made(rank: float) -> RankPlan:
+            return plan(self.model, rank, layers={"linear": "keep"})
+
+        return made(_bisect(lambda rank: self._kept(made(rank)), fraction))
+
+    def _tucker(self, fraction: float) -> tuple[nn.Module, float]:
+        """By tensorly-torch, kernels left whole; and the share of the parameters that it keeps."""
+        small = copy.deepcopy(self.model)
+        layers = {n: m for n, m in small.named_modules() if isinstance(m, nn.Conv2d)}
+        first = next(iter(layers))
+
+        def kept(rank: float) -> float:
+            parts = (
+                tucker_parameters(m, channel_ranks(m, rank))
+                for n, m in layers.items()
+                if n != first
+            )
+            return (sum(parts) + layers[first].weight.numel()) / self.convolutions
+
+        rank = _bisect(kept, fraction)
+        for name, module in layers.items():
+            if name != first:
+                small.set_submodule(name, tucker(module, channel_ranks(module, rank)))
+        return small, kept(rank)
 
     def _kept(self, made: RankPlan) -> float:
         saved = made.dense_parameters - made.factored_parameters
@@ -169,6 +197,15 @@ class Bench:
     def _predict(self, model: nn.Module) -> Tensor:
         model.eval()
         return torch.cat([model(x).argmax(1) for x in self.x.split(250)])
+
+
+def _bisect(kept: Callable[[float], float], wanted: float) -> float:
+    """The largest fraction of full rank, to a thousandth, that keeps no more than is wanted."""
+    low, high = 0.01, 1.0
+    for _ in range(12):
+        middle = (low + high) / 2
+        low, high = (middle, high) if kept(middle) < wanted else (low, middle)
+    return low
 
 
 def _convolutions(model: nn.Module) -> list[nn.Module]:

@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.study import RESULTS, Study, held_back, markdown_table, mean_sd
 from converter.convert import convert, plan
@@ -23,6 +24,7 @@ from converter.files import write_text
 from converter.layers import find_layers
 from converter.models import load
 from converter.specs import spec_of
+from trainers.cuts import cut
 from trainers.data import Data, load_data
 from trainers.evaluate import evaluate
 from trainers.memory import activation_memory_mib
@@ -44,22 +46,22 @@ class Method:
         rule: how the network is trained.
         rank: fraction of full rank; None leaves the network dense.
         lr: the best of `RATES`, as selected on the small network.
-        share: of the network's layers to make one block; None: as the rule says.
+        blocks: at most so many, each of no more layers than that takes; None: as the rule says.
         settings: of the training, where they are not the defaults.
     """
 
     rule: RuleSettings
     rank: float | None = 0.5
     lr: float = 5e-3
-    share: float | None = None
+    blocks: int | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
-    def rule_for(self, model: nn.Module) -> RuleSettings:
-        """The rule, with as many layers to a block as are asked for; two at least."""
-        if self.share is None:
+    def rule_for(self, model: nn.Module, example: Tensor) -> RuleSettings:
+        """The rule, with as many layers to a block as `blocks` asks for."""
+        if self.blocks is None:
             return self.rule
-        layers = max(2, int(self.share * len(find_layers(model))))
-        return self.rule.model_copy(update={"layers_per_block": layers})
+        widened = (self.rule.model_copy(update={"layers_per_block": n}) for n in count(1))
+        return next(r for r in widened if len(cut(model, example, r).blocks) <= self.blocks)
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,9 @@ TABLE = {
     "SSA, global error": Method(SSA(error="global"), lr=2e-3),
     "SSA, layer-wise": Method(SSA()),
     "SSA, layer-wise, linear read-outs": Method(SSA(readout_layers=0)),
-    "SSA, layer-wise, in three": Method(SSA(), share=1 / 3),
+    "SSA, layer-wise, in four blocks": Method(SSA(), blocks=4),
+    "SSA, layer-wise, in three blocks": Method(SSA(), blocks=3),
+    "SSA, layer-wise, in two blocks": Method(SSA(), blocks=2),
     "SSA, layer-wise, rank falling": Method(SSA(), settings={"ranks": RankSchedule(final="0.25")}),
 }
 # One change at a time to the defaults, «SSA, layer-wise» above.
@@ -181,7 +185,7 @@ def _trained(
         model = factored(model, method.rank)
     data = _data(source, model, size, select)
     batch = torch.randn(MEMORY_BATCH, *spec_of(model).input.shape)
-    rule = method.rule_for(model)
+    rule = method.rule_for(model, batch)
     memory = activation_memory_mib(model, rule, batch, num_classes=len(data.classes))
     glance = replace(data, test=data.test.limited(LOOKS, seed=0))
     history = train_local(model, glance, rule=rule, settings=settings)
@@ -213,10 +217,10 @@ def _data(source: str, model: nn.Module, size: Scale, select: bool) -> Data:
     options = {"input": spec_of(model).input, "seed": 1}
     if not select:
         return load_data(source, limit_train=size.images, **options)
-    count = size.images or 45_000
-    options["limit_train"] = count + size.held_back
+    images = size.images or 45_000
+    options["limit_train"] = images + size.held_back
     data = load_data(source, **options)
-    return held_back(data, load_data(source, augment=False, **options), count)
+    return held_back(data, load_data(source, augment=False, **options), images)
 
 
 def _table(study: Study) -> str:
