@@ -10,9 +10,11 @@ from fnmatch import fnmatch
 from functools import partial
 from itertools import count
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import click
+import matplotlib
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +22,7 @@ from benchmarks.study import RESULTS, Study, held_back, markdown_table, mean_sd
 from converter.convert import convert, plan
 from converter.cost import count_parameters
 from converter.factors import factored_layers
-from converter.files import write_text
+from converter.files import atomic_path, write_text
 from converter.layers import find_layers
 from converter.models import load
 from converter.specs import spec_of
@@ -32,6 +34,10 @@ from trainers.rank_schedule import RankSchedule
 from trainers.rules import BP, DFA, SSA, RuleSettings
 from trainers.settings import TrainSettings
 from trainers.trainer import train_local
+
+matplotlib.use("Agg")  # no screen needed
+
+from matplotlib import pyplot as plt
 
 MEMORY_BATCH = 64
 RATES = (2e-3, 5e-3, 1e-2)  # tried by --select
@@ -172,6 +178,8 @@ def main(kind, scale, networks, methods, seeds, select, data, device, precision,
     table = _table(study)
     print(table)
     write_text(study.path.with_suffix(".md"), table)
+    if not select:
+        _draw(study, "defaults" if kind == "ablation" else "backpropagation, factored")
 
 
 def _trained(
@@ -242,6 +250,31 @@ def _table(study: Study) -> str:
             ]
         )
     return markdown_table(head, lines)
+
+
+def _draw(study: Study, base: str) -> None:
+    """Accuracy of each method, one panel a network, with a line where `base` is."""
+    networks = list(dict.fromkeys(row["network"] for row in study.rows))
+    methods = list(dict.fromkeys(row["method"] for row in study.rows))[::-1]
+    size = (2.5 + 3 * len(networks), 1.2 + 0.24 * len(methods))
+    figure, axes = plt.subplots(1, len(networks), figsize=size, sharey=True, squeeze=False)
+    for axis, network in zip(axes[0], networks, strict=True):
+        for place, method in enumerate(methods):
+            found = [row["accuracy"] for row in study.find(network=network, method=method)]
+            if not found:
+                continue
+            mean, spread = fmean(found), stdev(found) if len(found) > 1 else 0.0
+            axis.errorbar(mean, place, xerr=spread, fmt="o", color="#0f7c8a", markersize=5)
+            if method == base:
+                axis.axvline(mean, color="#5b6770", linewidth=0.8, linestyle="--")
+        axis.set(title=network, xlabel="accuracy, %")
+        axis.grid(axis="x", alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_yticks(range(len(methods)), methods)
+    figure.tight_layout()
+    with atomic_path(study.path.with_suffix(".png")) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
+    plt.close(figure)
 
 
 if __name__ == "__main__":
