@@ -7,6 +7,7 @@ for a choice.
 
 import copy
 from dataclasses import replace
+from fnmatch import fnmatch
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -30,6 +31,10 @@ HELD_BACK = 2000
 # The rules compared: the learning rates tried, by --select; the first is the one chosen there.
 METHODS: dict[str, tuple[RuleSettings, tuple[float, ...]]] = {
     "backpropagation": (BP(), (1e-3, 3e-4, 2e-3)),
+    "local, 18 layers to a block, looking ahead": (
+        SSA(layers_per_block=18, lookahead=2),
+        (1e-3, 3e-3),
+    ),
     "local, 18 layers to a block": (SSA(layers_per_block=18), (3e-3, 1e-3)),
     "local, 18 layers, cross-entropy 0.3 beside": (
         SSA(layers_per_block=18, cross_entropy=0.3),
@@ -46,12 +51,15 @@ METHODS: dict[str, tuple[RuleSettings, tuple[float, ...]]] = {
 @click.option("--fractions", default="0.25,0.5", show_default=True, help="of the parameters")
 @click.option("--epochs", default="1,2", show_default=True)
 @click.option("--seeds", default=3, show_default=True)
+@click.option("--methods", multiple=True, help="only rows whose name matches this glob; repeatable")
 @click.option("--select", is_flag=True, help="choose rates on held-back training images")
 @click.option("--data", help="folder with the checkpoints  [default: $STIEFEL_DATA]")
 @click.option("--cifar", required=True, help="folder with train/<class> and test/<class>")
 @click.option("--device", default="auto", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="the JSON file of the rows")
-def main(network, count, fractions, epochs, seeds, select, data, cifar, device, out) -> None:
+def main(
+    network, count, fractions, epochs, seeds, methods, select, data, cifar, device, out
+) -> None:
     name = f"finetuning-{network}" + ("-selection" if select else "")
     about = {
         "study": name,
@@ -71,8 +79,9 @@ def main(network, count, fractions, epochs, seeds, select, data, cifar, device, 
             {"method": "converted", "fraction": fraction}, partial(_accuracy, small[fraction], held)
         )
     lengths = [int(length) for length in epochs.split(",")]
+    chosen = [label for label in METHODS if any(fnmatch(label, glob) for glob in methods or "*")]
     # Seeds come last, so that an unfinished run has a whole table of fewer seeds.
-    for seed, length, fraction, method in product(range(seeds), lengths, small, METHODS):
+    for seed, length, fraction, method in product(range(seeds), lengths, small, chosen):
         rule, rates = METHODS[method]
         for lr in rates if select else rates[:1]:
             settings = TrainSettings(epochs=length, lr=lr, batch_size=128, seed=seed, device=device)

@@ -14,6 +14,8 @@ LOCAL = {
     "layer-wise, kolen-pollack": SSA(feedback="kolen-pollack"),
     "layer-wise, calibrated": SSA(feedback="calibrated"),
     "distillation": SSA(distillation=1.0),
+    "distillation, looking ahead": SSA(distillation=1.0, lookahead=2),
+    "looking ahead, cut at layers": SSA(distillation=1.0, lookahead=1, boundaries="layers"),
 }
 GLOBAL = {
     "global": SSA(error="global", similarity=1.0),

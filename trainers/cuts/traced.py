@@ -1,16 +1,14 @@
 """Running a traced network block by block, each block a graph of its own."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx
-from torch.utils._pytree import tree_leaves
 
 from converter.errors import StiefelError
-from trainers.cuts.blocks import Block, Root, Visit, make_root
+from trainers.cuts.blocks import Block, Visit, make_root
 from trainers.cuts.graph import Traced, body, constant_nodes, live_nodes
 from trainers.cuts.places import Segment
+from trainers.cuts.walk import Part, Walk
 
 
 class TracedCuts:
@@ -67,55 +65,14 @@ class TracedCuts:
                 logits = output.detach()
         return logits
 
-    def walk(self, x: Tensor) -> Iterator[tuple[tuple[Tensor, ...], Tensor | None]]:
+    def walk(self, x: Tensor) -> Walk:
         """See `Cuts.walk`."""
-        environment = {self._parts[0].given[0]: x}
-        for part in self._parts:
-            given = [environment[name] for name in part.given]
-            for name in part.done:
-                del environment[name]
-            made = dict(zip(part.made, part.module(*given), strict=True))
-            del given
-            roots = tuple(made[root.name] for root in part.roots)
-            yield roots, _logits(made["output"]) if part.last else None
-            for name in part.passed:
-                environment[name] = _cut_off(made[name], name in part.overwritten)
-            del made, roots
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A block ready to run: `module` maps the values of `given` to those of `made`.
-
-    `passed` are those that later blocks read, `done` those of `given` that none reads any more;
-    `overwritten` are the passed ones that a later block writes into.
-    """
-
-    module: fx.GraphModule
-    given: tuple[str, ...]
-    made: tuple[str, ...]
-    roots: tuple[Root, ...]
-    passed: tuple[str, ...]
-    done: tuple[str, ...]
-    overwritten: frozenset[str]
-    last: bool
-
-
-def _cut_off(value: Any, overwritten: bool) -> Any:
-    """Detach; copy what will be written into, as the graph before the cut may have saved it."""
-    if not isinstance(value, Tensor):
-        return value
-    return value.detach().clone() if overwritten else value.detach()
-
-
-def _logits(output: Any) -> Tensor:
-    """The first tensor of a network's output, which is the logits where there are several."""
-    return next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+        return Walk(self._parts, {self._parts[0].given[0]: x})
 
 
 def _split(
     traced: Traced, segments: list[Segment], roots: list[tuple[str, ...]] | None
-) -> list[_Part]:
+) -> list[Part]:
     """Each segment as a graph of its own."""
     nodes = body(traced.graph)
     output = next(node for node in traced.graph.nodes if node.op == "output").args[0]
@@ -139,7 +96,7 @@ def _split(
         rooted = [n for n in rooted if n in trained]
         given, graph = _subgraph(mine, fixed, made, output if last else None)
         parts.append(
-            _Part(
+            Part(
                 module=fx.GraphModule(traced.module, graph, class_name="Block"),
                 given=tuple(n.name for n in given),
                 made=(*(n.name for n in made), *(["output"] if last else [])),

@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor, nn
 
+from trainers.cuts import cut
 from trainers.feedback import DenseFeedback
 from trainers.rules.interface import StepResult
-from trainers.rules.local import Batch, LocalState, choose_views, cut_network
+from trainers.rules.local import Batch, LocalState, choose_views
 from trainers.rules.passes import GLOBAL_PASSES
 from trainers.rules.settings import DFA
 
@@ -25,7 +26,7 @@ class DirectFeedback:
         teacher: nn.Module | None = None,
     ) -> nn.Module:
         """See `Rule.init`; a teacher is of no use here."""
-        cuts, _ = cut_network(network, example, self.settings)
+        cuts = cut(network, example, self.settings)
         views = choose_views(cuts, self.settings, [num_classes] * (len(cuts.blocks) - 1))
         feedback = [
             [DenseFeedback(view.count, num_classes, generator) for view in seen]

@@ -1,14 +1,13 @@
 """What the local rules share: their state, and how a block's loss is sent back."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from converter.errors import StiefelError
 from converter.factors import Factored
-from trainers.cuts import Block, Cuts, CutSettings, Root, cut, cut_alike
+from trainers.cuts import Block, Cuts, Root
 from trainers.losses import cross_entropy
 from trainers.readout import Features, HiddenLayers
 from trainers.rules.settings import FeedbackSettings
@@ -32,7 +31,6 @@ class LocalState(nn.Module):
 
     Attributes:
         cuts: the network's blocks; not a part of the state_dict, `init` finds the same again.
-        teacher: the dense original, cut alike, or None.
         views: what read-outs and feedback see, one list of modules a block, one module a root.
         feedback: likewise; the last block has none.
     """
@@ -42,44 +40,15 @@ class LocalState(nn.Module):
         cuts: Cuts,
         views: list[list[Features]],
         feedback: list[list[nn.Module]],
-        teacher: Cuts | None = None,
     ) -> None:
         super().__init__()
         self.cuts = cuts
-        self.teacher = teacher
         self.views = nn.ModuleList(nn.ModuleList(modules) for modules in views)
         self.feedback = nn.ModuleList(nn.ModuleList(modules) for modules in feedback)
 
     def features(self, index: int, roots: tuple[Tensor, ...]) -> list[Tensor]:
         """What read-outs and feedback see of a block's roots: (N, D) each."""
         return [view(h) for view, h in zip(self.views[index], roots, strict=True)]
-
-    def teach(self, x: Tensor) -> Iterator[tuple[tuple[Tensor, ...], Tensor | None]]:
-        """Run the teacher one block for each `next`, without gradients: roots, and last logits."""
-        walk = self.teacher.walk(x)
-        while True:
-            # The mode is a thread's, not a generator's: it must not outlast one step of the walk.
-            with torch.no_grad():
-                yielded = next(walk, None)
-            if yielded is None:
-                return
-            yield yielded
-
-
-def cut_network(
-    network: nn.Module,
-    example: Tensor,
-    settings: CutSettings,
-    teacher: nn.Module | None = None,
-) -> tuple[Cuts, Cuts | None]:
-    """Cut the network, and its teacher in the same places; the teacher is put in eval mode."""
-    cuts = cut(network, example, settings)
-    if teacher is None:
-        return cuts, None
-    if teacher is network:
-        raise StiefelError("the teacher is the network itself: give the dense original")
-    teacher.eval().to(example.device)
-    return cuts, cut_alike(cuts, teacher, example, settings)
 
 
 def block_rank(network: nn.Module, block: Block) -> int:

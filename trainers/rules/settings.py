@@ -58,6 +58,12 @@ class SSA(FeedbackSettings):
     distillation: float | None = Field(
         None, ge=0, description="weight of local distillation; default 1 with a teacher, else 0"
     )
+    lookahead: int = Field(
+        0,
+        ge=0,
+        description="blocks of the teacher that a block's output runs on through, to be compared "
+        "there too, and with the labels at the teacher's output",
+    )
     alpha: float = Field(0.0, ge=0, description="weight of alignment of U with the feedback")
     beta: float = Field(0.0, ge=0, description="weight of the orthogonality penalty on U and V")
     cosine: float = Field(0.0, ge=0, description="weight of the cosine term, output to feedback")
@@ -67,8 +73,8 @@ class SSA(FeedbackSettings):
         """With every coefficient a number.
 
         Raises:
-            StiefelError: distillation is asked for and there is no teacher, read-outs are to have
-                layers and there are none, or nothing trains.
+            StiefelError: distillation or a lookahead is asked for and there is no teacher,
+                read-outs are to have layers and there are none, or nothing trains.
         """
         learned = self.error == "layerwise" and self.feedback == "learned"
         defaults = {
@@ -81,6 +87,11 @@ class SSA(FeedbackSettings):
         settings = self.model_copy(update=missing)
         if settings.distillation and not with_teacher:
             raise StiefelError("distillation needs a teacher: name the dense original's checkpoint")
+        if settings.lookahead and not settings.distillation:
+            raise StiefelError(
+                "lookahead goes through the teacher: name the dense original's checkpoint, and let "
+                "distillation be more than 0"
+            )
         if not (settings.cross_entropy or settings.similarity or settings.distillation):
             raise StiefelError(
                 "cross_entropy, similarity and distillation are all 0: nothing would train"

@@ -12,15 +12,16 @@ from torch import Tensor, nn
 
 from converter.factors import Factored
 from trainers import losses
-from trainers.cuts import Cuts
+from trainers.cuts import Cuts, cut
 from trainers.distributed import World
 from trainers.feedback import kernel_directions
 from trainers.readout import Features
 from trainers.rules.draw import draw_feedback
 from trainers.rules.interface import StepResult
-from trainers.rules.local import Batch, LocalState, cut_network
+from trainers.rules.local import Batch, LocalState
 from trainers.rules.passes import GLOBAL_PASSES, immediate_pass
 from trainers.rules.settings import SSA
+from trainers.rules.teacher import Lesson, Teacher
 
 
 class SVDSpaceAlignment:
@@ -39,9 +40,11 @@ class SVDSpaceAlignment:
     ) -> nn.Module:
         """See `Rule.init`."""
         settings = self.settings.resolved(with_teacher=teacher is not None)
-        cuts, taught = cut_network(network, example, settings, teacher)
+        cuts = cut(network, example, settings)
         drawn = draw_feedback(settings, network, cuts, example, num_classes, generator)
-        taught = taught if settings.distillation else None
+        taught = None
+        if settings.distillation:
+            taught = Teacher(teacher, network, cuts, example, settings, settings.lookahead)
         state = SSAState(settings, cuts, *drawn, num_classes, taught)
         return state.to(example.device)
 
@@ -67,6 +70,7 @@ class SSAState(LocalState):
 
     Attributes:
         settings: no coefficient is None any more.
+        teacher: the dense original, cut alike, or None.
         factored: each block's factored layers.
     """
 
@@ -77,10 +81,10 @@ class SSAState(LocalState):
         views: list[list[Features]],
         feedback: list[list[nn.Module]],
         num_classes: int,
-        teacher: Cuts | None,
+        teacher: Teacher | None,
     ) -> None:
-        super().__init__(cuts, views, feedback, teacher)
-        self.settings = settings
+        super().__init__(cuts, views, feedback)
+        self.settings, self.teacher = settings, teacher
         self.num_classes = num_classes
         self.factored = tuple(
             tuple(m for m in block.module.modules() if isinstance(m, Factored))
@@ -109,20 +113,17 @@ class _Composite:
 
     def __init__(self, state: SSAState, x: Tensor, batch: Batch) -> None:
         self.state, self.batch, self.world = state, batch, World.here()
-        self.taught = state.teach(x) if state.teacher is not None else None
+        self.lessons = state.teacher.lessons(x) if state.teacher is not None else None
         self._similar: Tensor | None = None
 
     def __call__(
         self, index: int, roots: tuple[Tensor, ...], logits: Tensor | None, error: Tensor | None
     ) -> Tensor:
-        settings = self.state.settings
         terms = list(self._on_roots(index, roots, error))
         if logits is not None:
             terms.append(self.batch.cross_entropy(logits))
-        if self.taught is not None:
-            wanted, _ = next(self.taught)
-            pairs = [*zip(roots, wanted, strict=True)]
-            terms += [settings.distillation * self._distillation(h, t) for h, t in pairs]
+        if self.lessons is not None:
+            terms += self._taught(roots, next(self.lessons))
         terms += self._on_factors(index)
         return sum(terms)
 
@@ -149,6 +150,17 @@ class _Composite:
                 yield settings.similarity * alike
             if settings.cosine and feedback is not None:
                 yield settings.cosine * losses.cosine(z, feedback.back(self._targets()))
+
+    def _taught(self, roots: tuple[Tensor, ...], lesson: Lesson) -> Iterator[Tensor]:
+        """Distillation here and at each cut of the lookahead, and cross-entropy at the output."""
+        weight = self.state.settings.distillation
+        pairs = [*zip(roots, lesson.roots, strict=True)]
+        for given, wanted, logits in lesson.onward(roots):
+            pairs += zip(given, wanted, strict=True)
+            if logits is not None:
+                yield self.batch.cross_entropy(logits)
+        for h, target in pairs:
+            yield weight * self._distillation(h, target)
 
     def _on_factors(self, index: int) -> list[Tensor]:
         settings = self.state.settings

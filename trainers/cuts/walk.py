@@ -1,0 +1,103 @@
+"""A forward pass that stops at every cut, and can be left there with other values."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
+
+from trainers.cuts.blocks import Root
+
+
+@dataclass(frozen=True)
+class Part:
+    """A block ready to run: `module` maps the values of `given` to those of `made`.
+
+    `passed` are those that later blocks read, `done` those of `given` that none reads any more;
+    `overwritten` are the passed ones that a later block writes into.
+    """
+
+    module: fx.GraphModule
+    given: tuple[str, ...]
+    made: tuple[str, ...]
+    roots: tuple[Root, ...]
+    passed: tuple[str, ...]
+    done: tuple[str, ...]
+    overwritten: frozenset[str]
+    last: bool
+
+
+class Walk(Iterator[tuple[tuple[Tensor, ...], Tensor | None]]):
+    """Runs one block for each `next`: its roots, and the logits at the last (None before).
+
+    Args:
+        parts: all blocks.
+        environment: what is live where the walk begins, by name.
+        start: the block that runs first.
+        detached: whether what passes a cut is detached.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        environment: Mapping[str, Any],
+        start: int = 0,
+        detached: bool = True,
+    ) -> None:
+        self._parts, self._environment = parts, dict(environment)
+        self._next, self._detached = start, detached
+        self._made: dict[str, Any] | None = None  # by the last block, before it passes the cut
+
+    def __next__(self) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        if self._made is not None:
+            self._pass(self._parts[self._next - 1], self._made)
+            self._made = None
+        if self._next == len(self._parts):
+            raise StopIteration
+        part = self._parts[self._next]
+        given = [self._environment[name] for name in part.given]
+        for name in part.done:
+            del self._environment[name]
+        self._made = made = dict(zip(part.made, part.module(*given), strict=True))
+        self._next += 1
+        logits = _logits(made["output"]) if part.last else None
+        return tuple(made[root.name] for root in part.roots), logits
+
+    def snapshot(self) -> "Snapshot":
+        """This stop, to go on from later and otherwise."""
+        passed = {name: self._made[name] for name in self._parts[self._next - 1].passed}
+        return Snapshot(self._parts, {**self._environment, **passed}, self._next)
+
+    def _pass(self, part: Part, made: dict[str, Any]) -> None:
+        for name in part.passed:
+            value = made[name]
+            if isinstance(value, Tensor):
+                value = value.detach() if self._detached else value
+                # A copy of what will be written into: the graph before the cut may have saved it.
+                value = value.clone() if name in part.overwritten else value
+            self._environment[name] = value
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A stop of a walk: all blocks, what is live there, and the block that would run next."""
+
+    parts: Sequence[Part]
+    environment: Mapping[str, Any]
+    start: int
+
+    def onward(self, roots: tuple[Tensor, ...]) -> Walk:
+        """The walk from here with these roots instead of its own; gradients flow to them."""
+        names = [root.name for root in self.parts[self.start - 1].roots]
+        overwritten = frozenset().union(*(part.overwritten for part in self.parts))
+        known = {
+            name: value.clone() if name in overwritten else value
+            for name, value in {**self.environment, **dict(zip(names, roots, strict=True))}.items()
+        }
+        return Walk(self.parts, known, self.start, detached=False)
+
+
+def _logits(output: Any) -> Tensor:
+    """The first tensor of a network's output, which is the logits where there are several."""
+    return next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
