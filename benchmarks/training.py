@@ -103,6 +103,7 @@ TABLE = {
     "SSA, layer-wise, in four blocks": Method(SSA(), blocks=4),
     "SSA, layer-wise, in three blocks": Method(SSA(), blocks=3),
     "SSA, layer-wise, in two blocks": Method(SSA(), blocks=2),
+    "SSA, layer-wise, in two blocks, 64 wide": Method(SSA(readout_width=64), blocks=2),
     "SSA, layer-wise, rank falling": Method(SSA(), settings={"ranks": RankSchedule(final="0.25")}),
 }
 # One change at a time to the defaults, «SSA, layer-wise» above.
