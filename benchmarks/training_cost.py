@@ -317,7 +317,6 @@ def _draw(result: dict[str, Any], path: Path) -> None:
             for axis, key in zip(axes[:, column], ("activations_mib", "step_ms_p50"), strict=True):
                 values = [row[key] for row in mine]
                 axis.plot(places, values, "o-", color=colours[rule], label=rule, markersize=4)
-                axis.set_ylim(bottom=0)
         axes[1, column].set_xlabel(
             {"depth": "layers", "width": "channels of the first stage"}[part]
         )
@@ -327,6 +326,7 @@ def _draw(result: dict[str, Any], path: Path) -> None:
     axes[1, 0].set_ylabel("step, ms")
     axes[0, 0].legend(frameon=False)
     for axis in axes.flat:
+        axis.set_ylim(bottom=0)  # after all is drawn: it fixes the top too
         axis.spines[["top", "right"]].set_visible(False)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=140, format="png")

@@ -54,7 +54,7 @@ def train_local(
         model: factored, or dense for the rules that need no factors.
         data: images that fit the model.
         rule: SSA by default.
-        teacher: the dense original, for local distillation.
+        teacher: the dense original, for local distillation; it is put in eval mode and frozen.
         out: folder for `log.jsonl`, `diagnostics.jsonl`, `last.safetensors`, `best.safetensors` and
             `state.pt`; without one nothing is kept but the model itself.
         resume: go on with the run in `out`; its weights replace the model's.

@@ -40,7 +40,7 @@ class Rule(Protocol):
             example: (N, C, H, W) a batch of any size, on the network's device.
             num_classes: width of the network's output.
             generator: CPU generator that draws the feedback.
-            teacher: the dense original, for local distillation.
+            teacher: the dense original, for local distillation; it is put in eval mode and frozen.
 
         Returns:
             A module: its parameters are trained along with the network's, its buffers are fixed,
