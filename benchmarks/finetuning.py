@@ -35,6 +35,10 @@ METHODS: dict[str, tuple[RuleSettings, tuple[float, ...]]] = {
         SSA(layers_per_block=18, lookahead=2),
         (1e-3, 3e-3),
     ),
+    "local, 18 layers, looking ahead, distillation 0.3": (
+        SSA(layers_per_block=18, lookahead=2, distillation=0.3),
+        (1e-3,),
+    ),
     "local, 18 layers to a block": (SSA(layers_per_block=18), (3e-3, 1e-3)),
     "local, 18 layers, cross-entropy 0.3 beside": (
         SSA(layers_per_block=18, cross_entropy=0.3),

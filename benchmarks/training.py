@@ -89,7 +89,8 @@ class Scale:
 
 SCALES = {
     "tiny": Scale(("smallconv",), 256, 2, held_back=100),
-    "small": Scale(("smallconv",), 6000, 5),
+    "small": Scale(("smallconv",), 3000, 4),
+    "short": Scale(("smallconv",), 6000, 5),  # the ablation's
     "medium": Scale(("smallconv", "vgg8*0.5", "resnet20", "resnet32"), 6000, 10),
     "full": Scale(("smallconv", "vgg13", "resnet32", "mobilenetv1"), None, 100),
 }
