@@ -1,6 +1,6 @@
 """From scratch on CIFAR-10: local rules against backpropagation, on the same networks and images.
 
-`--scale small` takes some fifteen minutes on two idle CPU cores; `--scale full` is for a GPU. Rates
+`--scale small` takes some eleven minutes on two idle CPU cores; `--scale full` is for a GPU. Rates
 are those that `--select` found best on training images held back.
 """
 
