@@ -172,21 +172,16 @@ class Bench:
     def _tucker(self, fraction: float) -> tuple[nn.Module, float]:
         """By tensorly-torch, kernels left whole; and the share of the parameters that it keeps."""
         small = copy.deepcopy(self.model)
-        layers = {n: m for n, m in small.named_modules() if isinstance(m, nn.Conv2d)}
-        first = next(iter(layers))
+        layers = [(n, m) for n, m in small.named_modules() if isinstance(m, nn.Conv2d)]
+        (_, first), *others = layers
 
         def kept(rank: float) -> float:
-            parts = (
-                tucker_parameters(m, channel_ranks(m, rank))
-                for n, m in layers.items()
-                if n != first
-            )
-            return (sum(parts) + layers[first].weight.numel()) / self.convolutions
+            parts = sum(tucker_parameters(m, channel_ranks(m, rank)) for _, m in others)
+            return (first.weight.numel() + parts) / self.convolutions
 
         rank = _bisect(kept, fraction)
-        for name, module in layers.items():
-            if name != first:
-                small.set_submodule(name, tucker(module, channel_ranks(module, rank)))
+        for name, module in others:
+            small.set_submodule(name, tucker(module, channel_ranks(module, rank)))
         return small, kept(rank)
 
     def _kept(self, made: RankPlan) -> float:

@@ -2,12 +2,12 @@
 
 Networks are untrained (the time hardly depends on the weights): VGG-16 at a quarter of full rank,
 ResNet-50 at half its parameters, ResNet-18 and ViT-B/16 at four sizes, each layer at the rank and
-scheme that the plan gives it. The full SVD is `torch.linalg.svd` of the same matrices. tensorly-
-torch factors the same layers by Tucker, each to the same share of its parameters, otherwise as it
-does by default. Single matrices have singular values that fall as in trained layers; there
-tensorly's partial SVD, the one that its decompositions use, stands beside. What passes `--limit` is
-stopped, and said to be. Rows already in the output file are not measured again. tensorly comes with
-`pip install -e ".[bench]"`.
+scheme that the plan gives it. The full SVD is `torch.linalg.svd` of the same matrices.
+tensorly-torch factors the same layers by Tucker, each to the same share of its parameters,
+otherwise as it does by default. Single matrices have singular values that fall as in trained
+layers; there tensorly's partial SVD, the one that its decompositions use, stands beside. What
+passes `--limit` is stopped, and said to be. Rows already in the output file are not measured again.
+tensorly comes with `pip install -e ".[bench]"`.
 """
 
 import multiprocessing

@@ -7,7 +7,6 @@ for a choice.
 
 import copy
 from dataclasses import replace
-from fnmatch import fnmatch
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 import click
 from torch import nn
 
-from benchmarks.study import RESULTS, Study, held_back, markdown_table, mean_sd, real_data
+from benchmarks.study import RESULTS, Study, held_back, markdown_table, matching, mean_sd, real_data
 from converter.convert import convert, plan
 from converter.files import write_text
 from converter.models import load
@@ -83,7 +82,7 @@ def main(
             {"method": "converted", "fraction": fraction}, partial(_accuracy, small[fraction], held)
         )
     lengths = [int(length) for length in epochs.split(",")]
-    chosen = [label for label in METHODS if any(fnmatch(label, glob) for glob in methods or "*")]
+    chosen = matching(METHODS, methods)
     # Seeds come last, so that an unfinished run has a whole table of fewer seeds.
     for seed, length, fraction, method in product(range(seeds), lengths, small, chosen):
         rule, rates = METHODS[method]

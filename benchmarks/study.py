@@ -7,6 +7,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,11 @@ def commit() -> str:
     words = ["git", "-C", str(here), "describe", "--always", "--dirty", "--exclude=*"]
     found = subprocess.run(words, capture_output=True, text=True, check=False)
     return found.stdout.strip() or "unknown"
+
+
+def matching(names: Iterable[str], globs: Sequence[str]) -> list[str]:
+    """The names that match one of these globs, or all where there are none."""
+    return [name for name in names if any(fnmatch(name, glob) for glob in globs or ("*",))]
 
 
 def mean_sd(values: Sequence[float], digits: int = 2) -> str:

@@ -6,7 +6,6 @@ are those that `--select` found best on training images held back.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatch
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -18,7 +17,7 @@ import matplotlib
 import torch
 from torch import Tensor, nn
 
-from benchmarks.study import RESULTS, Study, held_back, markdown_table, mean_sd
+from benchmarks.study import RESULTS, Study, held_back, markdown_table, matching, mean_sd
 from converter.convert import convert, plan
 from converter.cost import count_parameters
 from converter.factors import factored_layers
@@ -164,8 +163,7 @@ def main(kind, scale, networks, methods, seeds, select, data, device, precision,
     }
     study = Study(out or RESULTS / f"{name}.json", about)
     rows = TABLE if kind == "comparison" else {"defaults": TABLE["SSA, layer-wise"], **ABLATION}
-    globs = methods or ("*",)
-    asked_for = [label for label in rows if any(fnmatch(label, glob) for glob in globs)]
+    asked_for = matching(rows, methods)
     for seed in range(1 if select else seeds):
         for network in networks.split(",") if networks else size.networks:
             for label in asked_for:

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from benchmarks.study import Study, held_back, markdown_table, mean_sd
+from benchmarks.study import Study, held_back, markdown_table, matching, mean_sd
 from converter.errors import StiefelError
 from trainers.data import load_data
 
@@ -75,3 +75,9 @@ def test_images_held_back_are_not_trained_on_and_the_others_change_every_epoch()
         split.train.set_epoch(epoch)
         epochs.append(split.train.batch(range(100))[0])
     assert not torch.equal(*epochs)
+
+
+def test_globs_choose_rows_and_none_chooses_all():
+    names = ["SSA, global", "SSA, layer-wise", "DFA"]
+    assert matching(names, ()) == names
+    assert matching(names, ("*wise", "D*")) == ["SSA, layer-wise", "DFA"]

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from converter.settings import Settings
 
@@ -163,6 +164,11 @@ def make_root(name: str, shape: tuple[int, ...], image: tuple[int, ...]) -> Root
     else:
         layout = "flat"
     return Root(name, shape, layout)
+
+
+def logits_of(output: Any) -> Tensor:
+    """The first tensor of a network's output, which is the logits where there are several."""
+    return next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
 
 
 def _alike(sides: tuple[int, ...], image: tuple[int, ...]) -> bool:

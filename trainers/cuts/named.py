@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from converter.errors import StiefelError
-from trainers.cuts.blocks import Block, Root, Visit, make_root
+from trainers.cuts.blocks import Block, Root, Visit, logits_of, make_root
 from trainers.cuts.graph import in_mode
 
 
@@ -48,7 +48,7 @@ class NamedCuts:
             return tree_map_only(Tensor, Tensor.detach, output)
 
         with self._hooked(leave):
-            logits = _first(self._network(x))
+            logits = logits_of(self._network(x))
         visit(last, held.pop(), logits)
         return logits.detach()
 
@@ -61,7 +61,7 @@ class NamedCuts:
             return tree_map_only(Tensor, Tensor.detach, output)
 
         with self._hooked(leave):
-            logits = _first(self._network(x))
+            logits = logits_of(self._network(x))
         for index, roots in enumerate(kept):
             yield roots, logits if index == len(kept) - 1 else None
 
@@ -114,7 +114,7 @@ class NamedCuts:
         with in_mode(self._network, False), torch.enable_grad():
             handles = [module.register_forward_hook(hook) for module in self._named.values()]
             try:
-                output = _first(self._network(images))
+                output = logits_of(self._network(images))
             finally:
                 for handle in handles:
                     handle.remove()
@@ -135,10 +135,6 @@ def _roots(output: Any) -> tuple[Tensor, ...]:
         for leaf in tree_leaves(output)
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim >= 2
     )
-
-
-def _first(output: Any) -> Tensor:
-    return next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
 
 
 def _graph(roots: tuple[Tensor, ...]) -> set[Any]:

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx
-from torch.utils._pytree import tree_leaves
 
-from trainers.cuts.blocks import Root
+from trainers.cuts.blocks import Root, logits_of
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class Walk(Iterator[tuple[tuple[Tensor, ...], Tensor | None]]):
             del self._environment[name]
         self._made = made = dict(zip(part.made, part.module(*given), strict=True))
         self._next += 1
-        logits = _logits(made["output"]) if part.last else None
+        logits = logits_of(made["output"]) if part.last else None
         return tuple(made[root.name] for root in part.roots), logits
 
     def snapshot(self) -> "Snapshot":
@@ -96,8 +95,3 @@ class Snapshot:
             for name, value in {**self.environment, **dict(zip(names, roots, strict=True))}.items()
         }
         return Walk(self.parts, known, self.start, detached=False)
-
-
-def _logits(output: Any) -> Tensor:
-    """The first tensor of a network's output, which is the logits where there are several."""
-    return next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))

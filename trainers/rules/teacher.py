@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from converter.errors import StiefelError
-from trainers.cuts import Cuts, CutSettings, cut_alike
+from trainers.cuts import Cuts, cut_alike
 from trainers.cuts.walk import Snapshot
+from trainers.rules.settings import SSA
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,8 @@ class Teacher:
         network: the factored network.
         cuts: the factored network's.
         example: (N, C, H, W), on the device to train on.
-        settings: where to cut.
-        lookahead: how many of its blocks a root runs on through; fewer where fewer are left.
+        settings: where to cut, and how many of its blocks a root runs on through (fewer where
+            fewer are left).
 
     Raises:
         StiefelError: the teacher is the network itself or of another structure, or a lookahead is
@@ -69,18 +70,17 @@ class Teacher:
         network: nn.Module,
         cuts: Cuts,
         example: Tensor,
-        settings: CutSettings,
-        lookahead: int = 0,
+        settings: SSA,
     ) -> None:
         if teacher is network:
             raise StiefelError("the teacher is the network itself: give the dense original")
-        if lookahead and settings.blocks:
+        if settings.lookahead and settings.blocks:
             raise StiefelError(
                 "lookahead needs a network that is cut by its graph: leave blocks or lookahead out"
             )
         teacher.eval().requires_grad_(False).to(example.device)
         self.cuts = cut_alike(cuts, teacher, example, settings)
-        self.lookahead = lookahead
+        self.lookahead = settings.lookahead
 
     def lessons(self, x: Tensor) -> Iterator[Lesson]:
         """One lesson a block on images (N, C, H, W); the teacher runs as far as each needs."""
@@ -94,6 +94,5 @@ class Teacher:
                 if stop is None:
                     break
                 stops.append((stop[0], walk.snapshot() if self.lookahead else None))
-            (roots, here), *rest = stops
-            stops.popleft()
-            yield Lesson(roots, tuple(later for later, _ in rest), here)
+            roots, here = stops.popleft()
+            yield Lesson(roots, tuple(later for later, _ in stops), here)
