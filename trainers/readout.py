@@ -3,7 +3,8 @@
 A linear read-out asks a block for classes at once, and an early block that obeys throws away what
 later ones need. With layers of its own the read-out asks for features that classes can be made of:
 auxiliary networks, Belilovsky et al. 2019 (arXiv 1812.11446). Nøkland & Eidnes 2019 (arXiv
-1901.06656, section 2.1) put one convolution before similarity matching.
+1901.06656, section 2.1) put one convolution before similarity matching. The map itself stays beside
+them, as in DenseNets (arXiv 1608.06993): they are narrow, and what they cannot carry would be lost.
 """
 
 from functools import partial
@@ -55,7 +56,7 @@ class Features(nn.Module):
 
 
 class HiddenLayers(nn.Module):
-    """3x3 convolutions, each with batch norm and ReLU, on a map averaged to a grid.
+    """A map averaged to a grid, and beside it what 3x3 convolutions with norm and ReLU make of it.
 
     Without norms they do harm: ResNet-20, cut in three, lost four points by it. The norms go by the
     batch in hand, always: read-outs serve training, and need no statistics for later.
@@ -75,7 +76,7 @@ class HiddenLayers(nn.Module):
         cells = root.cells(grid)
         self.root, self.grid = root, grid
         self.shape = (root.channels, *cells)
-        self.output = Root(f"{root.name}, hidden", (width, *cells), "map")
+        self.output = Root(f"{root.name}, hidden", (root.channels + width, *cells), "map")
         inputs = [root.channels] + [width] * (layers - 1)
         # Not drawn twice, the first time from the caller's random numbers.
         make = partial(skip_init, nn.Conv2d, kernel_size=3, padding=1, bias=False)
@@ -85,11 +86,11 @@ class HiddenLayers(nn.Module):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=generator)
 
     def forward(self, h: Tensor) -> Tensor:
-        """h (N, *root.shape) to (N, width, rows, columns)."""
-        h = self.root.pooled(h, self.grid).unflatten(1, self.shape)
+        """h (N, *root.shape) to (N, C + width, rows, columns)."""
+        h = averaged = self.root.pooled(h, self.grid).unflatten(1, self.shape)
         for layer, norm in zip(self.layers, self.norms, strict=True):
             h = F.relu(norm(layer(h)))
-        return h
+        return torch.cat([averaged, h], dim=1)
 
     def directions(self, count: int) -> Tensor:
         """The leading left singular vectors (C, count) of the first layer's kernel."""

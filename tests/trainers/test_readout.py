@@ -35,27 +35,27 @@ def test_features_are_as_many_as_they_say(layout):
 
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("layout", ["map", "map-last"])
-def test_hidden_layers_are_convolutions_on_the_averaged_map(layout, layers):
+def test_hidden_layers_are_convolutions_beside_the_averaged_map(layout, layers):
     root = make_root("h", (2, *SHAPES[layout]), IMAGE)
     view = Features(root, 4, _hidden(root, layers))
     maps = torch.randn(2, 6, 16, 16)
-    expected = F.avg_pool2d(maps, 2)
+    averaged = expected = F.avg_pool2d(maps, 2)
     for layer in view.hidden.layers:
         assert layer.kernel_size == (3, 3)
         expected = F.conv2d(expected, layer.weight, padding=1)
         variance, mean = torch.var_mean(expected, (0, 2, 3), correction=0, keepdim=True)
         expected = ((expected - mean) / (variance + 1e-5).sqrt()).relu()
-    expected = F.avg_pool2d(expected, 2).flatten(1)
+    expected = F.avg_pool2d(torch.cat([averaged, expected], 1), 2).flatten(1)
     h = maps if layout == "map" else maps.permute(0, 2, 3, 1)
     torch.testing.assert_close(view(h), expected)
-    assert view.count == expected.shape[1] == 10 * 4 * 4
+    assert view.count == expected.shape[1] == (6 + 10) * 4 * 4
 
 
 def test_hidden_layers_on_a_map_smaller_than_the_grid_see_it_whole():
     root = make_root("h", (2, 6, 2, 2), IMAGE)
     view = Features(root, 4, _hidden(root))
     assert view.hidden.shape == (6, 2, 2)
-    assert view(torch.randn(5, 6, 2, 2)).shape == (5, view.count) == (5, 10 * 2 * 2)
+    assert view(torch.randn(5, 6, 2, 2)).shape == (5, view.count) == (5, (6 + 10) * 2 * 2)
 
 
 def test_hidden_layers_are_drawn_from_their_generator_alone():
