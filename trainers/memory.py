@@ -99,7 +99,8 @@ def activation_memory_mib(
     learner = make_rule(rule)
     state = learner.init(network, batch, num_classes, torch.Generator().manual_seed(0), teacher)
     labels = torch.arange(len(batch), device=batch.device) % num_classes
-    with SavedActivations(network, state) as saved:
+    taught = [] if teacher is None else [teacher]
+    with SavedActivations(network, state, *taught) as saved:
         learner.step(network, state, batch, labels)
     return saved.peak_bytes / MIB
 

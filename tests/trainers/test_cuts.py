@@ -173,29 +173,6 @@ def test_truncation_after_the_cut_takes_effect(factored, images):
     assert set(network.parameters()) <= reached
 
 
-class _Overwriting(nn.Module):
-    """Blocks that begin by writing into what the block before them made, and may have saved."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
-        self.head = nn.Linear(3, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = F.max_pool2d(torch.sigmoid(layer(x)), 2).mul_(2)
-        return self.head(x.mean(dim=(2, 3)))
-
-
-def test_a_block_that_writes_into_its_input_does_not_spoil_the_graph_before(images):
-    network, kept = _Overwriting(), []
-    cuts = cut(network, images, CutSettings())
-    cuts.run(images, lambda index, roots, logits: kept.append((roots, logits)))
-    losses = [(logits if logits is not None else roots[0]).sum() for roots, logits in kept]
-    torch.stack(losses).sum().backward()
-    assert all(p.grad is not None for p in network.parameters())
-
-
 def test_one_block_of_activations_is_alive_at_a_time(factored, images):
     network = factored("resnet20")
     cuts = cut(network, images, CutSettings())
@@ -302,6 +279,15 @@ def test_a_teacher_of_another_structure_is_refused(other, dense, factored, image
     cuts = cut(factored("resnet20"), images, CutSettings())
     with pytest.raises(StiefelError, match="give the dense original"):
         cut_alike(cuts, dense(other), images, CutSettings())
+
+
+def test_blocks_of_a_shared_layer_are_told_apart(factored, images):
+    names = [block.name for block in cut(factored("shared"), images, CutSettings()).blocks]
+    assert names == ["stem", "twice", "twice:2"]
+    again = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), *[nn.Linear(12, 12)] * 3)
+    named = cut(again, images, CutSettings(blocks=("2",))).blocks
+    assert [block.name for block in named] == ["2", "2:2", "2:3"]
+    assert {block.layers for block in named} == {("2",)}
 
 
 def test_cuts_are_described_as_plain_data(factored, images):

@@ -60,6 +60,13 @@ def test_the_rule_s_own_parameters_are_not_activations():
     output.sum().backward()
 
 
+def test_the_teacher_s_parameters_are_not_activations():
+    network, teacher = (nn.Sequential(*[nn.Linear(64, 64) for _ in range(3)]) for _ in range(2))
+    rule, batch = SSA(lookahead=2), torch.randn(2, 64)
+    used = activation_memory_mib(network, rule, batch, num_classes=64, teacher=teacher)
+    assert 0 < used * 2**20 < FLOAT * 64 * 64  # less than a layer's weight
+
+
 def test_the_allocator_s_peak_counts_all_that_is_there_at_once():
     def work():
         one = torch.ones(2**20)

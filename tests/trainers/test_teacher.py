@@ -51,27 +51,13 @@ def test_the_loss_is_what_its_definition_says(lookahead):
     assert all(p.grad is None for p in teacher.parameters())
 
 
-class InPlace(nn.Module):
-    """Its second layer's output is added to the first's in place, across a cut at layers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
-        self.head = nn.Linear(4, 5)
-
-    def forward(self, x):
-        h = self.first(x)
-        h.add_(self.second(x))
-        return self.head(F.relu(h).mean((2, 3)))
-
-
-@pytest.mark.parametrize("name", ["resnet", "mobilenetv2", "densenet", "swin", "in place"])
+@pytest.mark.parametrize("name", ["resnet", "mobilenetv2", "densenet", "swin"])
 @pytest.mark.parametrize("boundaries", ["units", "layers"])
 def test_looking_ahead_leaves_the_teachers_own_features_alone(
     name, boundaries, dense, images, labels
 ):
     """Later blocks may write into a block's outputs: what is compared must not be spoilt by it."""
-    teacher, network = (InPlace() if name == "in place" else dense(name) for _ in range(2))
+    teacher, network = dense(name), dense(name)
     settings = SSA(lookahead=2, boundaries=boundaries)
     rule, state = start(settings, network, images, teacher)
     with torch.no_grad():
@@ -94,3 +80,62 @@ def test_a_lookahead_through_named_blocks_is_refused(dense, factored, images):
     settings = SSA(lookahead=1, blocks=("layer*",))
     with pytest.raises(StiefelError, match="cut by its graph"):
         start(settings, factored("resnet"), images, dense("resnet"))
+
+
+class _Noisy(nn.Module):
+    """Runs otherwise in training, so that places of the graph bear other names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(12, 12) for _ in range(4))
+        self.norm, self.head = nn.LayerNorm(12), nn.Linear(12, 5)
+
+    def forward(self, x):
+        h = x.flatten(1)[:, :12]
+        h = h + torch.randn_like(h) if self.training else h
+        for layer in self.layers:
+            h = h + torch.relu(layer(h))
+        return self.head(self.norm(h))
+
+
+def _sharing() -> tuple[nn.Module, nn.Module]:
+    network, teacher = _Noisy(), _Noisy()
+    teacher.layers[1] = network.layers[1]
+    return network, teacher
+
+
+def _mlp(depth: int, classes: int = 5) -> nn.Sequential:
+    layers = [nn.Sequential(nn.Linear(12, 12), nn.ReLU()) for _ in range(depth)]
+    head = nn.Linear(12, classes)
+    pooled = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    return nn.Sequential(pooled, nn.Linear(12, 12), nn.Sequential(*layers), head)
+
+
+AHEAD, NAMED = SSA(lookahead=1), SSA(blocks=("2.*",))
+
+
+@pytest.mark.parametrize(
+    ("settings", "pair", "message"),
+    [
+        (SSA(), _sharing, "shares parameters with the network"),
+        (SSA(), lambda: (_Noisy(), _Noisy()), "block 'layers.0' has layers.0, the teacher"),
+        (SSA(), lambda: (_mlp(3), _mlp(3).double()), "can't take images .* of torch.float32: .*"),
+        (SSA(), lambda: (_mlp(2), _mlp(3)), "has 2.1.0, 3, the teacher 2.1.0, 2.2.0, 3 there"),
+        (NAMED, lambda: (_mlp(2), _mlp(3)), "blocks are 2.0, 2.1, 2.2, the network's 2.0, 2.1:"),
+        (AHEAD, lambda: (_mlp(3), _mlp(3, 3)), "tells 3 classes apart, the network 5"),
+        (AHEAD, lambda: (_mlp(3), _mlp(3, 9)), "tells 9 classes apart, the network 5"),
+    ],
+)
+def test_a_teacher_that_does_not_fit_is_refused_in_one_line(settings, pair, message, images):
+    network, teacher = pair()
+    with pytest.raises(StiefelError, match=message) as refused:
+        start(settings, network, images, teacher)
+    assert "\n" not in str(refused.value)
+    assert all(parameter.requires_grad for parameter in network.parameters())
+
+
+def test_a_teacher_of_other_classes_will_do_where_they_are_not_asked_for(images):
+    network, teacher = _mlp(3), _mlp(3, 9)
+    rule, state = start(SSA(), network, images, teacher)
+    rule.step(network, state, images, torch.arange(len(images)) % 5)
+    assert all(parameter.grad is not None for parameter in network.parameters())

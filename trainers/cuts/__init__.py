@@ -78,8 +78,14 @@ def cut_alike(cuts: Cuts, teacher: nn.Module, example: Tensor, settings: CutSett
         alike: Cuts = cuts.alike(traced)
     else:
         alike = NamedCuts(teacher, settings.blocks, example)
+    names, others = ([block.name for block in c.blocks] for c in (cuts, alike))
+    if names != others:
+        raise StiefelError(
+            f"the teacher's blocks are {', '.join(others)}, the network's {', '.join(names)}: give "
+            "the dense original that the network was converted from"
+        )
     shapes = [[root.shape for root in block.roots] for block in alike.blocks]
-    for block, theirs in zip(cuts.blocks, shapes, strict=False):
+    for block, theirs in zip(cuts.blocks, shapes, strict=True):
         if [root.shape for root in block.roots] != theirs:
             raise StiefelError(
                 f"the teacher yields {theirs} at block '{block.name}', the network "

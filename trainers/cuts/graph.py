@@ -26,12 +26,14 @@ class Traced:
         module: executes `graph`; shares every submodule and parameter with the network.
         opaque: names of the submodules that had to be taken whole.
         values: node → what it yielded on the example (tensors on the meta device).
+        writes: node → the nodes whose tensors it writes into.
     """
 
     graph: fx.Graph
     module: fx.GraphModule
     opaque: frozenset[str]
     values: dict[fx.Node, Any]
+    writes: dict[fx.Node, set[fx.Node]]
 
 
 def trace(
@@ -40,7 +42,8 @@ def trace(
     """Trace `network` as it runs in training (or evaluation) mode.
 
     A submodule whose forward cannot be traced, or which reads a factored layer's `.weight`, is
-    taken whole; the innermost such module is.
+    taken whole; the innermost such module is. What functions are told of `self.training` is fixed
+    here: `F.dropout` stays as it is in this mode.
 
     Args:
         network: left as it was, training mode included.
@@ -61,8 +64,10 @@ def trace(
     with in_mode(network, False), torch.no_grad():
         # Three images: dimensions of size three are rare, so the batch's can be told from others.
         images = example[:1].expand(3, *example.shape[1:]).contiguous()
-        values = _Recorder(module).record(images)
-    return Traced(graph, module, tracer.opaque, values)
+        recorder = _Recorder(module)
+        recorder.run(images)
+    _read_what_was_written(graph, recorder)
+    return Traced(graph, module, tracer.opaque, recorder.seen, recorder.writes)
 
 
 def _trace(network: nn.Module, opaque: frozenset[str]) -> tuple["_Tracer", fx.Graph]:
@@ -108,19 +113,49 @@ class _Tracer(fx.Tracer):
 
 
 class _Recorder(fx.Interpreter):
-    """Runs a graph once and keeps the shape of everything."""
+    """Runs a graph once and keeps the shape of everything, and what is written into.
 
-    def record(self, x: Tensor) -> dict[fx.Node, Any]:
+    Attributes:
+        seen: node → its value, tensors on the meta device.
+        writes: node → nodes whose tensors it wrote into.
+        same: node → those among them whose tensor it also returned.
+    """
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
         self.seen: dict[fx.Node, Any] = {}
-        self.run(x)
-        return self.seen
+        self.writes: dict[fx.Node, set[fx.Node]] = {}
+        self.same: dict[fx.Node, set[fx.Node]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
+        tensors = {m: v for m, v in self.env.items() if isinstance(v, Tensor)}
+        versions = {m: v._version for m, v in tensors.items()}
         value = super().run_node(n)
+        self.writes[n] = {m for m, v in tensors.items() if v._version != versions[m]}
+        # What writes in training alone, as dropout does, says so.
+        if n.op == "call_module" and getattr(self.fetch_attr(n.target), "inplace", False):
+            self.writes[n].add(n.args[0])
+        self.same[n] = {m for m in self.writes[n] if _is_same(tensors[m], value)}
         self.seen[n] = fx.node.map_aggregate(
             value, lambda v: v.detach().to("meta") if isinstance(v, Tensor) else v
         )
         return value
+
+
+def _is_same(tensor: Tensor, value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_set_to(tensor)
+
+
+def _read_what_was_written(graph: fx.Graph, recorder: _Recorder) -> None:
+    """Let later nodes read a tensor from the node that wrote into it last.
+
+    `h.add_(y)` as a statement leaves them at `h`, and where `h` comes from seems to be all that
+    they depend on.
+    """
+    order = {node: place for place, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        for written in recorder.same.get(node, ()):
+            written.replace_all_uses_with(node, lambda user, at=order[node]: order[user] > at)
 
 
 @contextmanager
@@ -145,6 +180,11 @@ def weighted_layers(module: nn.Module) -> int:
     if isinstance(module, WEIGHTED):
         return int(getattr(module, "groups", 1) == 1 or isinstance(module, Factored))
     return sum(weighted_layers(child) for child in module.children())
+
+
+def is_float(value: Any) -> bool:
+    """Whether it is a float tensor."""
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def body(graph: fx.Graph) -> list[fx.Node]:

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from converter.errors import StiefelError
 from trainers.cuts.blocks import Block, Root, Visit, logits_of, make_root
 from trainers.cuts.graph import in_mode
+from trainers.cuts.places import told_apart
 
 
 class NamedCuts:
@@ -32,6 +33,7 @@ class NamedCuts:
         self._network = network
         self._named = _matching(network, globs)
         self._calls: list[str] = []
+        self._overwritten: set[int] = set()
         self.blocks = self._probe(example)
 
     def run(self, x: Tensor, visit: Visit) -> Tensor:
@@ -45,7 +47,7 @@ class NamedCuts:
                 held.append(roots)
                 return output
             visit(index, roots, None)
-            return tree_map_only(Tensor, Tensor.detach, output)
+            return self._handed_on(index, output)
 
         with self._hooked(leave):
             logits = logits_of(self._network(x))
@@ -58,12 +60,17 @@ class NamedCuts:
 
         def leave(index: int, output: Any) -> Any:
             kept.append(_roots(output))
-            return tree_map_only(Tensor, Tensor.detach, output)
+            return self._handed_on(index, output)
 
         with self._hooked(leave):
             logits = logits_of(self._network(x))
         for index, roots in enumerate(kept):
             yield roots, logits if index == len(kept) - 1 else None
+
+    def _handed_on(self, index: int, output: Any) -> Any:
+        """What the network goes on with: detached, and a copy where it will be written into."""
+        copied = index in self._overwritten
+        return tree_map_only(Tensor, lambda t: t.detach().clone() if copied else t.detach(), output)
 
     @contextmanager
     def _hooked(self, leave) -> Iterator[None]:
@@ -86,6 +93,7 @@ class NamedCuts:
         images = example[:1].expand(3, *example.shape[1:]).contiguous()
         names = {id(module): name for name, module in self._named.items()}
         roots: list[tuple[Root, ...]] = []
+        handed: list[list[tuple[Tensor, int]]] = []  # what left each block, and its version then
         seen: set[Any] = set()
 
         def hook(module: nn.Module, arguments: Any, output: Any) -> Any:
@@ -109,6 +117,7 @@ class NamedCuts:
                     "everything flows through"
                 )
             seen.update(graph)
+            handed.append([(value, value._version) for value in values])
             return tree_map_only(Tensor, Tensor.detach, output)
 
         with in_mode(self._network, False), torch.enable_grad():
@@ -118,14 +127,19 @@ class NamedCuts:
             finally:
                 for handle in handles:
                     handle.remove()
+        self._overwritten = {
+            index
+            for index, values in enumerate(handed)
+            if any(value._version != version for value, version in values)
+        }
         if _graph((output,)) & seen:
             raise StiefelError(
                 "a tensor reaches the output past a named block: name blocks that everything "
                 "flows through"
             )
         return tuple(
-            Block(name, (name,), root, self._named[name])
-            for name, root in zip(self._calls, roots, strict=True)
+            Block(name, (call,), root, self._named[call])
+            for name, call, root in zip(told_apart(self._calls), self._calls, roots, strict=True)
         )
 
 

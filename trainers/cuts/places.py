@@ -1,5 +1,7 @@
 """Where to cut a traced network: between residual units, or after every layer."""
 
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -7,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from trainers.cuts.blocks import CutSettings
-from trainers.cuts.graph import Traced, body, live_nodes, weighted_layers
+from trainers.cuts.graph import Traced, body, is_float, live_nodes, weighted_layers
 
 # A unit without an inner single-tensor place (a DenseNet's dense block) is cut all the same when
 # it holds more layers than the largest residual or inception unit has.
@@ -67,7 +69,17 @@ def _block_names(blocks: list[tuple[str, ...]]) -> list[str]:
         ends = layers[0] if layers else "network"
         ends = f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else ends
         names.append(shared if shared and len(within) == len(layers) else ends)
-    return names
+    return told_apart(names)
+
+
+def told_apart(names: Iterable[str]) -> list[str]:
+    """The names, with a number behind those that came before: shared layers are several blocks'."""
+    seen: Counter[str] = Counter()
+    numbered = []
+    for name in names:
+        seen[name] += 1
+        numbered.append(f"{name}:{seen[name]}" if seen[name] > 1 else name)
+    return numbered
 
 
 def _common_module(layers: tuple[str, ...]) -> str:
@@ -78,10 +90,6 @@ def _common_module(layers: tuple[str, ...]) -> str:
             break
         shared.append(parts[0])
     return ".".join(shared)
-
-
-def _is_float(value: object) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _can_cut(values: list[object]) -> bool:
@@ -125,11 +133,21 @@ class _Places:
         self.values = traced.values
         self.layers = [_weighted(node, traced) for node in self.nodes]
         live = live_nodes(traced.graph)
-        self.width = [sum(_is_float(self.values[n]) for n in now) for now in live]
+        self.width = [sum(is_float(self.values[n]) for n in now) for now in live]
         self.able = [_can_cut([self.values[n] for n in now]) for now in live]
+        for place in self._shared(traced):
+            self.able[place] = False
 
     def __len__(self) -> int:
         return len(self.nodes)
+
+    def _shared(self, traced: Traced) -> Iterator[int]:
+        """Places where a tensor is live of which a part is yet to be written, and then read."""
+        order = {node: place for place, node in enumerate(self.nodes)}
+        for writer, written in traced.writes.items():
+            for node in written:
+                if any(order.get(user, len(self)) > order[writer] for user in node.users):
+                    yield from range(order[node], order[writer])
 
     def count(self, start: int, end: int) -> int:
         """Weighted layers in start..end-1."""

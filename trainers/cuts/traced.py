@@ -6,7 +6,7 @@ from torch import Tensor, fx
 
 from converter.errors import StiefelError
 from trainers.cuts.blocks import Block, Visit, make_root
-from trainers.cuts.graph import Traced, body, constant_nodes, live_nodes
+from trainers.cuts.graph import Traced, body, constant_nodes, is_float, live_nodes
 from trainers.cuts.places import Segment
 from trainers.cuts.walk import Part, Walk
 
@@ -38,7 +38,7 @@ class TracedCuts:
         """Another network of the same structure, cut in the same places.
 
         Raises:
-            StiefelError: a place or a root is missing there.
+            StiefelError: a place or a root is missing there, or other layers stand between them.
         """
         own, other = body(self.traced.graph), body(traced.graph)
         places = {node.name: place for place, node in enumerate(other)}
@@ -54,6 +54,15 @@ class TracedCuts:
             Segment(start, stop, ours.name, ours.layers)
             for start, stop, ours in zip([0, *stops[:-1]], stops, self._segments, strict=True)
         ]
+        for ours, theirs in zip(self._segments, segments, strict=True):
+            layers = _parametric(own[ours.start : ours.end], self.traced)
+            others = _parametric(other[theirs.start : theirs.end], traced)
+            if layers != others:
+                raise StiefelError(
+                    f"block '{ours.name}' has {', '.join(layers)}, the teacher "
+                    f"{', '.join(others) or 'nothing'} there: give the dense original that the "
+                    "network was converted from, one that runs the same in training"
+                )
         return TracedCuts(traced, segments, roots)
 
     def run(self, x: Tensor, visit: Visit) -> Tensor:
@@ -90,10 +99,11 @@ def _split(
         elif segment.hidden is not None:
             rooted = [n for n in live[segment.hidden - 1] if n in set(mine)]
         else:
-            rooted = [n for n in passed if _is_float(traced.values[n])]
+            rooted = [n for n in passed if is_float(traced.values[n])]
         made = list(dict.fromkeys([*passed, *rooted]))
         trained = _trained(mine, traced)
         rooted = [n for n in rooted if n in trained]
+        written = set().union(*(traced.writes[n] for n in mine))
         given, graph = _subgraph(mine, fixed, made, output if last else None)
         parts.append(
             Part(
@@ -103,27 +113,31 @@ def _split(
                 roots=tuple(make_root(n.name, traced.values[n].shape, image) for n in rooted),
                 passed=tuple(n.name for n in passed),
                 done=tuple(n.name for n in given if n not in after),
-                overwritten=frozenset(n.name for n in passed if _overwritten(n, mine, traced)),
+                overwritten=frozenset(n.name for n in given if n in written),
                 last=last,
             )
         )
     return parts
 
 
-def _is_float(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
-
-
 def _trained(nodes: list[fx.Node], traced: Traced) -> set[fx.Node]:
     """The nodes that depend on a parameter of this block: only they are worth a local loss."""
     trained: set[fx.Node] = set()
     for node in nodes:
-        owns = node.op == "call_module" and any(
-            True for _ in traced.module.get_submodule(node.target).parameters()
-        )
-        if owns or any(n in trained or n.op == "get_attr" for n in node.all_input_nodes):
+        if _parametric([node], traced) or any(
+            n in trained or n.op == "get_attr" for n in node.all_input_nodes
+        ):
             trained.add(node)
     return trained
+
+
+def _parametric(nodes: list[fx.Node], traced: Traced) -> list[str]:
+    """Names of the submodules with parameters that these nodes run."""
+    names = [str(node.target) for node in nodes if node.op == "call_module"]
+    modules = [traced.module.get_submodule(name) for name in names]
+    return [
+        n for n, m in zip(names, modules, strict=True) if next(m.parameters(), None) is not None
+    ]
 
 
 def _subgraph(
@@ -156,21 +170,3 @@ def _subgraph(
         results.append(fx.node.map_arg(output, copy))
     graph.output(tuple(results))
     return given, graph
-
-
-def _overwritten(node: fx.Node, mine: list[fx.Node], traced: Traced) -> bool:
-    """Whether a later block writes into this tensor."""
-    return any(user not in mine and _in_place(user, node, traced) for user in node.users)
-
-
-def _in_place(user: fx.Node, node: fx.Node, traced: Traced) -> bool:
-    if not user.args or user.args[0] is not node:
-        return False
-    if user.op == "call_module":
-        return bool(getattr(traced.module.get_submodule(user.target), "inplace", False))
-    name = user.target if isinstance(user.target, str) else user.target.__name__
-    return (
-        bool(user.kwargs.get("inplace"))
-        or (name.endswith("_") and not name.startswith("_"))
-        or (name.startswith("i") and getattr(user.target, "__module__", "") == "_operator")
-    )

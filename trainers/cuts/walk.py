@@ -14,7 +14,7 @@ class Part:
     """A block ready to run: `module` maps the values of `given` to those of `made`.
 
     `passed` are those that later blocks read, `done` those of `given` that none reads any more;
-    `overwritten` are the passed ones that a later block writes into.
+    `overwritten` are those of `given` that this block writes into.
     """
 
     module: fx.GraphModule
@@ -56,6 +56,11 @@ class Walk(Iterator[tuple[tuple[Tensor, ...], Tensor | None]]):
             raise StopIteration
         part = self._parts[self._next]
         given = [self._environment[name] for name in part.given]
+        # Others hold them too: an earlier block's graph, its loss, and snapshots.
+        given = [
+            value.clone() if name in part.overwritten else value
+            for name, value in zip(part.given, given, strict=True)
+        ]
         for name in part.done:
             del self._environment[name]
         self._made = made = dict(zip(part.made, part.module(*given), strict=True))
@@ -71,10 +76,8 @@ class Walk(Iterator[tuple[tuple[Tensor, ...], Tensor | None]]):
     def _pass(self, part: Part, made: dict[str, Any]) -> None:
         for name in part.passed:
             value = made[name]
-            if isinstance(value, Tensor):
-                value = value.detach() if self._detached else value
-                # A copy of what will be written into: the graph before the cut may have saved it.
-                value = value.clone() if name in part.overwritten else value
+            if self._detached and isinstance(value, Tensor):
+                value = value.detach()
             self._environment[name] = value
 
 
@@ -89,9 +92,5 @@ class Snapshot:
     def onward(self, roots: tuple[Tensor, ...]) -> Walk:
         """The walk from here with these roots instead of its own; gradients flow to them."""
         names = [root.name for root in self.parts[self.start - 1].roots]
-        overwritten = frozenset().union(*(part.overwritten for part in self.parts))
-        known = {
-            name: value.clone() if name in overwritten else value
-            for name, value in {**self.environment, **dict(zip(names, roots, strict=True))}.items()
-        }
+        known = {**self.environment, **dict(zip(names, roots, strict=True))}
         return Walk(self.parts, known, self.start, detached=False)

@@ -44,7 +44,7 @@ class SVDSpaceAlignment:
         drawn = draw_feedback(settings, network, cuts, example, num_classes, generator)
         taught = None
         if settings.distillation:
-            taught = Teacher(teacher, network, cuts, example, settings)
+            taught = Teacher(teacher, network, cuts, example, num_classes, settings)
         state = SSAState(settings, cuts, *drawn, num_classes, taught)
         return state.to(example.device)
 

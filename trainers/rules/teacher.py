@@ -3,8 +3,10 @@
 Its own features are what a block is to give. With a lookahead it also says what a block's features
 lead to: they run on through the next blocks of the dense original, which stand for the network's
 own. So no gradient comes from a later block of the network, the labels are heard in all of them,
-and what is lost where it does no harm weighs little. Interlocking backpropagation (Gomez et al.
-2022, arXiv 2010.04116) looks ahead too, through the network's own blocks.
+and what is lost where it does no harm weighs little. Where several tensors cross a cut, those that
+earlier blocks made are the teacher's too, and their errors are not seen. Interlocking
+backpropagation (Gomez et al. 2022, arXiv 2010.04116) looks ahead too, through the network's own
+blocks.
 """
 
 from collections import deque
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 from converter.errors import StiefelError
 from trainers.cuts import Cuts, cut_alike
+from trainers.cuts.blocks import logits_of
 from trainers.cuts.walk import Snapshot
 from trainers.rules.settings import SSA
 
@@ -56,12 +59,14 @@ class Teacher:
         network: the factored network.
         cuts: the factored network's.
         example: (N, C, H, W), on the device to train on.
+        num_classes: width of the network's output.
         settings: where to cut, and how many of its blocks a root runs on through (fewer where
             fewer are left).
 
     Raises:
-        StiefelError: the teacher is the network itself or of another structure, or a lookahead is
-            asked of blocks that are named.
+        StiefelError: the teacher shares parameters with the network, is of another structure or
+            can't take the images, or a lookahead is asked of blocks that are named or of a teacher
+            of other classes.
     """
 
     def __init__(
@@ -70,15 +75,26 @@ class Teacher:
         network: nn.Module,
         cuts: Cuts,
         example: Tensor,
+        num_classes: int,
         settings: SSA,
     ) -> None:
-        if teacher is network:
-            raise StiefelError("the teacher is the network itself: give the dense original")
+        own = set(network.parameters())
+        if any(parameter in own for parameter in teacher.parameters()):
+            raise StiefelError(
+                "the teacher shares parameters with the network, and is to stay as it is: give the "
+                "dense original, or a copy"
+            )
         if settings.lookahead and settings.blocks:
             raise StiefelError(
                 "lookahead needs a network that is cut by its graph: leave blocks or lookahead out"
             )
         teacher.eval().requires_grad_(False).to(example.device)
+        outputs = _count_outputs(teacher, example[:1])
+        if settings.lookahead and outputs != num_classes:
+            raise StiefelError(
+                f"the teacher tells {outputs} classes apart, the network {num_classes}: a "
+                "lookahead needs the same"
+            )
         self.cuts = cut_alike(cuts, teacher, example, settings)
         self.lookahead = settings.lookahead
 
@@ -96,3 +112,16 @@ class Teacher:
                 stops.append((stop[0], walk.snapshot() if self.lookahead else None))
             roots, here = stops.popleft()
             yield Lesson(roots, tuple(later for later, _ in stops), here)
+            del roots, here  # not to be held while the teacher goes on
+
+
+def _count_outputs(teacher: nn.Module, image: Tensor) -> int:
+    """The width of its output for one image (1, C, H, W)."""
+    try:
+        with torch.no_grad():
+            return logits_of(teacher(image)).shape[-1]
+    except (RuntimeError, ValueError, IndexError) as error:
+        shape, reason = "x".join(map(str, image.shape[1:])), str(error).strip().split("\n")[0]
+        raise StiefelError(
+            f"the teacher can't take images {shape} of {image.dtype}: {reason}"
+        ) from error
