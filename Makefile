@@ -29,7 +29,7 @@ test-slow: $(INSTALLED)
 # Every study at small scale. With CIFAR=DIR (train/<class>, test/<class>) those that train, and with
 # STIEFEL_DATA=DIR (the published ResNets) those that convert.
 bench: $(INSTALLED)
-	$(BIN)/python -m benchmarks.training_cost --networks smallconv,vgg13,resnet32 --out $(BENCH_OUT)/training-cost.json
+	$(BIN)/python -m benchmarks.training_cost --networks smallconv,vgg13,resnet32,mobilenetv1 --out $(BENCH_OUT)/training-cost.json
 	$(BIN)/python -m benchmarks.conversion_speed --scale small --out $(BENCH_OUT)/conversion-speed.json
 	$(BIN)/python -m benchmarks.inference --scale small --out $(BENCH_OUT)/inference.json
 ifdef CIFAR

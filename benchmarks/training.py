@@ -50,7 +50,8 @@ class Method:
     Attributes:
         rule: how the network is trained.
         rank: fraction of full rank; None leaves the network dense.
-        lr: the best of `RATES`, as selected on the small network.
+        lr: the best of `RATES`, as `--select` found.
+        lr_of: the same for networks where it was another.
         blocks: at most so many, each of no more layers than that takes; None: as the rule says.
         settings: of the training, where they are not the defaults.
     """
@@ -58,6 +59,7 @@ class Method:
     rule: RuleSettings
     rank: float | None = 0.5
     lr: float = 5e-3
+    lr_of: Mapping[str, float] = field(default_factory=dict)
     blocks: int | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
@@ -100,10 +102,7 @@ TABLE = {
     "SSA, global error": Method(SSA(error="global"), lr=2e-3),
     "SSA, layer-wise": Method(SSA()),
     "SSA, layer-wise, linear read-outs": Method(SSA(readout_layers=0)),
-    "SSA, layer-wise, in four blocks": Method(SSA(), blocks=4),
-    "SSA, layer-wise, in three blocks": Method(SSA(), blocks=3),
-    "SSA, layer-wise, in two blocks": Method(SSA(), blocks=2),
-    "SSA, layer-wise, in two blocks, 64 wide": Method(SSA(readout_width=64), blocks=2),
+    "SSA, layer-wise, at most three blocks": Method(SSA(), blocks=3),
     "SSA, layer-wise, rank falling": Method(SSA(), settings={"ranks": RankSchedule(final="0.25")}),
 }
 # One change at a time to the defaults, «SSA, layer-wise» above.
@@ -168,7 +167,7 @@ def main(kind, scale, networks, methods, seeds, select, data, device, precision,
         for network in networks.split(",") if networks else size.networks:
             for label in asked_for:
                 method = rows[label]
-                for lr in RATES if select else (method.lr,):
+                for lr in RATES if select else (method.lr_of.get(network, method.lr),):
                     plain = {"batch_size": 128, "precision": precision, "lr": lr}
                     plain |= {"epochs": size.epochs, "seed": seed, "device": device}
                     settings = TrainSettings(**plain | method.settings)

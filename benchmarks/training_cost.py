@@ -57,6 +57,7 @@ NETWORKS = {
     "vgg13": ("zoo:vgg13", (3, 32, 32), 10, 64, 512),
     "resnet32": ("zoo:resnet32", (3, 32, 32), 10, 128, 512),
     "smallconv": ("zoo:smallconv", (3, 32, 32), 10, 128, 1024),
+    "mobilenetv1": ("zoo:mobilenetv1", (3, 32, 32), 10, 128, 1024),
     "resnet50": ("torchvision:resnet50", (3, 224, 224), 1000, 8, 64),
     "vit_b_16": ("torchvision:vit_b_16", (3, 224, 224), 1000, 4, 64),
 }
@@ -80,7 +81,11 @@ class Contender:
 
 
 @click.command(help=__doc__)
-@click.option("--networks", default="vgg13,resnet32,smallconv,resnet50,vit_b_16", show_default=True)
+@click.option(
+    "--networks",
+    default="vgg13,resnet32,smallconv,mobilenetv1,resnet50,vit_b_16",
+    show_default=True,
+)
 @click.option("--rank", default="0.5", show_default=True, help="as for stiefel convert")
 @click.option(
     "--batch", type=int, help="images to a step  [default: what suits network and device]"
