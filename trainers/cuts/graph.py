@@ -134,7 +134,7 @@ class _Recorder(fx.Interpreter):
         self.writes[n] = {m for m, v in tensors.items() if v._version != versions[m]}
         # What writes in training alone, as dropout does, says so.
         if n.op == "call_module" and getattr(self.fetch_attr(n.target), "inplace", False):
-            self.writes[n].add(n.args[0])
+            self.writes[n].update(n.all_input_nodes[:1])
         self.same[n] = {m for m in self.writes[n] if _is_same(tensors[m], value)}
         self.seen[n] = fx.node.map_aggregate(
             value, lambda v: v.detach().to("meta") if isinstance(v, Tensor) else v
