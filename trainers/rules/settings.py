@@ -42,8 +42,8 @@ class SSA(FeedbackSettings):
     readout_layers: int | None = Field(
         None,
         ge=0,
-        description="3x3 convolutions that maps go through before read-out and similarity, on "
-        "twice the pool's grid, learned locally; default 2 where feedback is learned from a "
+        description="3x3 convolutions, on twice the pool's grid and learned locally, that read-out "
+        "and similarity see beside a map itself; default 2 where feedback is learned from a "
         "layerwise error, else 0",
     )
     readout_width: int = Field(32, ge=1, description="channels of these convolutions")
