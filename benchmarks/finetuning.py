@@ -38,6 +38,10 @@ METHODS: dict[str, tuple[RuleSettings, tuple[float, ...]]] = {
         SSA(layers_per_block=18, lookahead=2, distillation=0.3),
         (1e-3,),
     ),
+    "local, 6 layers to a block, looking ahead to the end": (
+        SSA(layers_per_block=6, lookahead=8, storage="recomputed"),
+        (1e-3,),
+    ),
     "local, 18 layers to a block": (SSA(layers_per_block=18), (3e-3, 1e-3)),
     "local, 18 layers, cross-entropy 0.3 beside": (
         SSA(layers_per_block=18, cross_entropy=0.3),

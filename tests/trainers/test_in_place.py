@@ -133,9 +133,12 @@ def test_blocks_compute_what_the_network_computes_and_no_gradient_crosses(
 
 @pytest.mark.parametrize("boundaries", ["units", "layers"])
 @pytest.mark.parametrize("lookahead", [0, 1, 2])
-def test_a_teacher_that_is_a_copy_has_nothing_to_teach(network, boundaries, lookahead, images):
+@pytest.mark.parametrize("storage", ["stored", "recomputed"])
+def test_a_teacher_that_is_a_copy_has_nothing_to_teach(
+    network, boundaries, lookahead, storage, images
+):
     teacher, labels = copy.deepcopy(network), torch.arange(len(images)) % 5
-    rule = make_rule(SSA(boundaries=boundaries, lookahead=lookahead))
+    rule = make_rule(SSA(boundaries=boundaries, lookahead=lookahead, storage=storage))
     state = rule.init(network, images, 5, torch.Generator(), teacher)
     losses = [*rule.step(network, state, images, labels).per_block.values()]
     output = F.cross_entropy(network(images.clone()), labels)

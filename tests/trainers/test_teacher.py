@@ -1,12 +1,16 @@
 """The dense original as a teacher: lessons at each cut, and the lookahead through its blocks."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from converter.errors import StiefelError
+from converter.zoo import CifarResNet
 from trainers.losses import distillation
+from trainers.memory import activation_memory_mib
 from trainers.rules import SSA, make_rule
 
 
@@ -23,12 +27,13 @@ def start(settings, network, images, teacher):
     return rule, rule.init(network, images, 5, generator, teacher)
 
 
+@pytest.mark.parametrize("storage", ["stored", "recomputed"])
 @pytest.mark.parametrize("lookahead", [0, 1, 2, 9])
-def test_the_loss_is_what_its_definition_says(lookahead):
+def test_the_loss_is_what_its_definition_says(lookahead, storage):
     """Against the same loss written out, and autograd of it, block by block."""
     network, teacher = chain(1), chain(2)
     x, y = torch.randn(8, 1, 2, 3, dtype=torch.float64), torch.arange(8) % 5
-    rule, state = start(SSA(lookahead=lookahead), network, x, teacher)
+    rule, state = start(SSA(lookahead=lookahead, storage=storage), network, x, teacher)
     result = rule.step(network, state, x, y)
 
     # Linear and Tanh belong together, and the head to the last block.
@@ -69,6 +74,18 @@ def test_looking_ahead_leaves_the_teachers_own_features_alone(
         torch.testing.assert_close([*lesson.roots], roots, rtol=0, atol=0)
     rule.step(network, state, images, labels)
     assert all(p.grad is not None for p in network.parameters())
+
+
+def test_a_recomputed_lookahead_holds_a_block_of_the_teacher_at_a_time():
+    network, teacher = (CifarResNet(20, num_classes=5) for _ in range(2))
+    held = {}
+    for storage in ("stored", "recomputed"):
+        rule = SSA(lookahead=9, storage=storage)
+        batch = torch.randn(4, 3, 32, 32)
+        held[storage] = activation_memory_mib(
+            network, rule, batch, num_classes=5, teacher=copy.deepcopy(teacher)
+        )
+    assert held["recomputed"] < held["stored"] / 2
 
 
 def test_a_lookahead_without_a_teacher_is_refused(factored, images):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx
+from torch.utils.checkpoint import checkpoint
 
 from trainers.cuts.blocks import Root, logits_of
 
@@ -26,6 +27,13 @@ class Part:
     overwritten: frozenset[str]
     last: bool
 
+    def run(self, *given: Any) -> tuple[Any, ...]:
+        """The values of `made`; those of `given` stay as they are, whatever the block does."""
+        # Others hold them too: an earlier block's graph, its loss, and snapshots.
+        pairs = zip(self.given, given, strict=True)
+        own = (value.clone() if name in self.overwritten else value for name, value in pairs)
+        return self.module(*own)
+
 
 class Walk(Iterator[tuple[tuple[Tensor, ...], Tensor | None]]):
     """Runs one block for each `next`: its roots, and the logits at the last (None before).
@@ -35,6 +43,8 @@ class Walk(Iterator[tuple[tuple[Tensor, ...], Tensor | None]]):
         environment: what is live where the walk begins, by name.
         start: the block that runs first.
         detached: whether what passes a cut is detached.
+        recomputed: whether blocks run again for their backward, which then holds what enters them
+            alone; they must draw nothing at random and keep no statistics.
     """
 
     def __init__(
@@ -43,9 +53,10 @@ class Walk(Iterator[tuple[tuple[Tensor, ...], Tensor | None]]):
         environment: Mapping[str, Any],
         start: int = 0,
         detached: bool = True,
+        recomputed: bool = False,
     ) -> None:
         self._parts, self._environment = parts, dict(environment)
-        self._next, self._detached = start, detached
+        self._next, self._detached, self._recomputed = start, detached, recomputed
         self._made: dict[str, Any] | None = None  # by the last block, before it passes the cut
 
     def __next__(self) -> tuple[tuple[Tensor, ...], Tensor | None]:
@@ -56,14 +67,14 @@ class Walk(Iterator[tuple[tuple[Tensor, ...], Tensor | None]]):
             raise StopIteration
         part = self._parts[self._next]
         given = [self._environment[name] for name in part.given]
-        # Others hold them too: an earlier block's graph, its loss, and snapshots.
-        given = [
-            value.clone() if name in part.overwritten else value
-            for name, value in zip(part.given, given, strict=True)
-        ]
         for name in part.done:
             del self._environment[name]
-        self._made = made = dict(zip(part.made, part.module(*given), strict=True))
+        if self._recomputed and any(isinstance(v, Tensor) and v.requires_grad for v in given):
+            # Reentrant, since hooks on saved tensors, and so the account of memory, see it.
+            values = checkpoint(part.run, *given, use_reentrant=True, preserve_rng_state=False)
+        else:
+            values = part.run(*given)
+        self._made = made = dict(zip(part.made, values, strict=True))
         self._next += 1
         logits = logits_of(made["output"]) if part.last else None
         return tuple(made[root.name] for root in part.roots), logits
@@ -89,8 +100,8 @@ class Snapshot:
     environment: Mapping[str, Any]
     start: int
 
-    def onward(self, roots: tuple[Tensor, ...]) -> Walk:
+    def onward(self, roots: tuple[Tensor, ...], recomputed: bool = False) -> Walk:
         """The walk from here with these roots instead of its own; gradients flow to them."""
         names = [root.name for root in self.parts[self.start - 1].roots]
         known = {**self.environment, **dict(zip(names, roots, strict=True))}
-        return Walk(self.parts, known, self.start, detached=False)
+        return Walk(self.parts, known, self.start, detached=False, recomputed=recomputed)

@@ -23,7 +23,8 @@ class FeedbackSettings(CutSettings):
     storage: Literal["stored", "recomputed"] = Field(
         "stored",
         description="with the output's error: keep all block graphs until it is known (stored), or "
-        "run a second forward in constant memory (recomputed)",
+        "run a second forward in constant memory (recomputed); with a lookahead: likewise keep the "
+        "graphs of the teacher's blocks, or run these again",
     )
 
 

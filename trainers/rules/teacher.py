@@ -31,11 +31,13 @@ class Lesson:
         roots: its features here.
         later: its features at the next cuts, as many as the lookahead.
         here: from where other features run on; None without a lookahead.
+        recomputed: whether its blocks run again for their backward.
     """
 
     roots: tuple[Tensor, ...]
     later: tuple[tuple[Tensor, ...], ...] = ()
     here: Snapshot | None = None
+    recomputed: bool = False
 
     def onward(
         self, roots: tuple[Tensor, ...]
@@ -45,7 +47,7 @@ class Lesson:
         All but what is wanted have their graph back to `roots`.
         """
         if self.here is not None:
-            walk = self.here.onward(roots)
+            walk = self.here.onward(roots, self.recomputed)
             for wanted in self.later:
                 given, logits = next(walk)
                 yield given, wanted, logits
@@ -97,6 +99,7 @@ class Teacher:
             )
         self.cuts = cut_alike(cuts, teacher, example, settings)
         self.lookahead = settings.lookahead
+        self.recomputed = settings.storage == "recomputed"
 
     def lessons(self, x: Tensor) -> Iterator[Lesson]:
         """One lesson a block on images (N, C, H, W); the teacher runs as far as each needs."""
@@ -111,8 +114,9 @@ class Teacher:
                     break
                 stops.append((stop[0], walk.snapshot() if self.lookahead else None))
             roots, here = stops.popleft()
-            yield Lesson(roots, tuple(later for later, _ in stops), here)
-            del roots, here  # not to be held while the teacher goes on
+            later = tuple(roots for roots, _ in stops)
+            yield Lesson(roots, later, here, self.recomputed)
+            del roots, later, here  # not to be held while the teacher goes on
 
 
 def _count_outputs(teacher: nn.Module, image: Tensor) -> int:
