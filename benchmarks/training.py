@@ -51,7 +51,7 @@ class Method:
         rule: how the network is trained.
         rank: fraction of full rank; None leaves the network dense.
         lr: the best of `RATES`, as `--select` found.
-        lr_of: the same for networks where it was another.
+        lr_of: the same for networks where it was another (ResNet-32's is ResNet-20's).
         blocks: at most so many, each of no more layers than that takes; None: as the rule says.
         settings: of the training, where they are not the defaults.
     """
@@ -99,7 +99,9 @@ TABLE = {
     "backpropagation, dense": Method(BP(), None),
     "backpropagation, factored": Method(BP()),
     "DFA, dense random feedback": Method(DFA(), None, lr=2e-3),
-    "SSA, global error": Method(SSA(error="global"), lr=2e-3),
+    "SSA, global error": Method(
+        SSA(error="global"), lr=2e-3, lr_of={"resnet20": 1e-2, "resnet32": 1e-2}
+    ),
     "SSA, layer-wise": Method(SSA()),
     "SSA, layer-wise, linear read-outs": Method(SSA(readout_layers=0)),
     "SSA, layer-wise, at most three blocks": Method(SSA(), blocks=3),
