@@ -31,24 +31,25 @@ HELD_BACK = 2000
 METHODS: dict[str, tuple[RuleSettings, tuple[float, ...]]] = {
     "backpropagation": (BP(), (1e-3, 3e-4, 2e-3)),
     "local, 18 layers to a block, looking ahead": (
-        SSA(layers_per_block=18, lookahead=2),
+        SSA(boundaries="units", layers_per_block=18, lookahead=2),
         (1e-3, 3e-3),
     ),
     "local, 18 layers, looking ahead, distillation 0.3": (
-        SSA(layers_per_block=18, lookahead=2, distillation=0.3),
+        SSA(boundaries="units", layers_per_block=18, lookahead=2, distillation=0.3),
         (1e-3,),
     ),
+    "local, two blocks, looking ahead": (SSA(layers_per_block=18, lookahead=1), (1e-3,)),
     "local, 6 layers to a block, looking ahead to the end": (
-        SSA(layers_per_block=6, lookahead=8, storage="recomputed"),
+        SSA(boundaries="units", layers_per_block=6, lookahead=8, storage="recomputed"),
         (1e-3,),
     ),
-    "local, 18 layers to a block": (SSA(layers_per_block=18), (3e-3, 1e-3)),
+    "local, 18 layers to a block": (SSA(boundaries="units", layers_per_block=18), (3e-3, 1e-3)),
     "local, 18 layers, cross-entropy 0.3 beside": (
-        SSA(layers_per_block=18, cross_entropy=0.3),
+        SSA(boundaries="units", layers_per_block=18, cross_entropy=0.3),
         (3e-3, 1e-3),
     ),
-    "local, 6 layers to a block": (SSA(layers_per_block=6), (3e-3, 1e-3)),
-    "local, residual units": (SSA(), (3e-3, 1e-3, 5e-3)),
+    "local, 6 layers to a block": (SSA(boundaries="units", layers_per_block=6), (3e-3, 1e-3)),
+    "local, residual units": (SSA(boundaries="units"), (3e-3, 1e-3, 5e-3)),
 }
 
 

@@ -121,6 +121,7 @@ ABLATION = {
     "global, Kolen–Pollack": Method(SSA(error="global", feedback="kolen-pollack"), lr=2e-3),
     "pool 1": Method(SSA(pool=1)),
     "pool 2": Method(SSA(pool=2)),
+    "a unit to a block": Method(SSA(boundaries="units")),
     "2 layers to a block": Method(SSA(layers_per_block=2)),
     "linear read-outs": TABLE["SSA, layer-wise, linear read-outs"],
     "linear read-outs, 2 layers to a block": Method(SSA(readout_layers=0, layers_per_block=2)),

@@ -48,6 +48,7 @@ RULES: dict[str, tuple[str, RuleSettings]] = {
     "ssa global, recomputed": ("factored", SSA(error="global", storage="recomputed")),
     "ssa": ("factored", SSA()),
     "ssa, linear read-outs": ("factored", SSA(readout_layers=0)),
+    "ssa, cut at units": ("factored", SSA(boundaries="units")),
     "ssa, cut at layers": ("factored", SSA(boundaries="layers")),
     "ssa, no similarity": ("factored", SSA(similarity=0.0)),
 }

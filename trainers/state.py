@@ -13,7 +13,7 @@ from converter.errors import StiefelError
 from converter.factors import factored_layers
 from converter.files import atomic_path, write_text
 
-FORMAT = "stiefel training state 2"
+FORMAT = "stiefel training state 3"
 # What may differ between a run and its continuation: nothing that changes the result on a CPU.
 _FREE = {
     "device",

@@ -59,5 +59,7 @@ def _saved_bytes(network: nn.Module, cuts: TracedCuts, example: Tensor, images: 
 
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     with in_mode(network, False), torch.enable_grad(), hooks:
-        cuts.run(example.expand(images, *example.shape[1:]).contiguous(), visit)
+        # A copy: what autograd saves counts as large as its storage, be it a batch's of which this
+        # is one image.
+        cuts.run(example.repeat(images, *[1] * (example.ndim - 1)), visit)
     return needs

@@ -23,10 +23,10 @@ class CutSettings(Settings):
     """Where the network is cut into blocks, shared by every local rule."""
 
     boundaries: Literal["balanced", "units", "layers"] = Field(
-        "units",
-        description="cut where exactly one tensor is live, as between residual units (units); the "
-        "same, with units joined while they need no more memory than the largest (balanced); or "
-        "after every layer, residual streams being detached too (layers)",
+        "balanced",
+        description="cut where exactly one tensor is live, as between residual units, and join "
+        "units while they need no more memory than the largest (balanced); join none (units); or "
+        "cut after every layer, residual streams being detached too (layers)",
     )
     layers_per_block: int = Field(
         1, ge=1, description="layers, factored or dense, to a block (at least)"
