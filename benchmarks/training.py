@@ -98,9 +98,12 @@ SCALES = {
 TABLE = {
     "backpropagation, dense": Method(BP(), None),
     "backpropagation, factored": Method(BP()),
-    "DFA, dense random feedback": Method(DFA(), None, lr=2e-3),
+    # Feedback of the output's error goes to every unit, as published.
+    "DFA, dense random feedback": Method(DFA(boundaries="units"), None, lr=2e-3),
     "SSA, global error": Method(
-        SSA(error="global"), lr=2e-3, lr_of={"resnet20": 1e-2, "resnet32": 1e-2}
+        SSA(error="global", boundaries="units"),
+        lr=2e-3,
+        lr_of={"resnet20": 1e-2, "resnet32": 1e-2},
     ),
     "SSA, layer-wise": Method(SSA()),
     "SSA, layer-wise, linear read-outs": Method(SSA(readout_layers=0)),
@@ -118,7 +121,9 @@ ABLATION = {
     "Hoyer 0.001": Method(SSA(hoyer=0.001)),
     "feedback fixed": Method(SSA(feedback="fixed")),
     "feedback calibrated": Method(SSA(feedback="calibrated")),
-    "global, Kolen–Pollack": Method(SSA(error="global", feedback="kolen-pollack"), lr=2e-3),
+    "global, Kolen–Pollack": Method(
+        SSA(error="global", feedback="kolen-pollack", boundaries="units"), lr=2e-3
+    ),
     "pool 1": Method(SSA(pool=1)),
     "pool 2": Method(SSA(pool=2)),
     "a unit to a block": Method(SSA(boundaries="units")),

@@ -44,8 +44,11 @@ from matplotlib import pyplot as plt
 RULES: dict[str, tuple[str, RuleSettings]] = {
     "backprop, dense": ("dense", BP()),
     "backprop": ("factored", BP()),
-    "dfa, stored": ("factored", DFA()),
-    "ssa global, recomputed": ("factored", SSA(error="global", storage="recomputed")),
+    "dfa, stored": ("factored", DFA(boundaries="units")),
+    "ssa global, recomputed": (
+        "factored",
+        SSA(error="global", storage="recomputed", boundaries="units"),
+    ),
     "ssa": ("factored", SSA()),
     "ssa, linear read-outs": ("factored", SSA(readout_layers=0)),
     "ssa, cut at units": ("factored", SSA(boundaries="units")),
