@@ -1,6 +1,7 @@
 """Blocks: the same function as the network, every parameter in one, and no graph across a cut."""
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 from converter.errors import StiefelError
 from converter.factors import factored_layers
 from trainers.cuts import CutSettings, Root, cut, cut_alike, describe_cuts
+from trainers.cuts.balance import Need
 from trainers.memory import SavedActivations
 
 NAMES = [
@@ -24,6 +26,7 @@ NAMES = [
     "swin",
     "shared",
 ]
+UNITS = CutSettings(boundaries="units")
 
 
 def parameters_behind(*tensors: Tensor | None) -> set[Tensor]:
@@ -41,7 +44,7 @@ def parameters_behind(*tensors: Tensor | None) -> set[Tensor]:
     return found
 
 
-@pytest.mark.parametrize("boundaries", ["units", "layers"])
+@pytest.mark.parametrize("boundaries", ["balanced", "units", "layers"])
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("form", ["dense", "factored"])
 def test_no_graph_crosses_a_cut_and_every_parameter_has_a_block(
@@ -49,7 +52,7 @@ def test_no_graph_crosses_a_cut_and_every_parameter_has_a_block(
 ):
     network = request.getfixturevalue(form)(name)
     cuts = cut(network, images, CutSettings(boundaries=boundaries))
-    assert len(cuts.blocks) > 1
+    assert len(cuts.blocks) > (boundaries != "balanced")
     everything: set[Tensor] = set()
 
     def visit(index, roots, logits):
@@ -97,7 +100,7 @@ def test_cutting_leaves_modes_buffers_and_attributes_alone(factored, images):
 
 
 def test_residual_nets_are_cut_between_units_and_the_head_joins_the_last(factored, images):
-    cuts = cut(factored("resnet20"), images, CutSettings())
+    cuts = cut(factored("resnet20"), images, UNITS)
     units = [f"layer{stage}.{unit}" for stage in (1, 2, 3) for unit in range(3)]
     assert [block.name for block in cuts.blocks] == ["conv1", *units]
     assert cuts.blocks[-1].layers == ("layer3.2.conv1", "layer3.2.conv2", "linear")
@@ -105,7 +108,7 @@ def test_residual_nets_are_cut_between_units_and_the_head_joins_the_last(factore
 
 
 def test_features_are_taken_after_the_activation_and_before_the_pooling(factored, images):
-    cuts = cut(factored("smallconv"), images, CutSettings())
+    cuts = cut(factored("smallconv"), images, UNITS)
     assert [block.roots[0].shape for block in cuts.blocks] == [
         (32, 32, 32),
         (64, 16, 16),
@@ -119,7 +122,8 @@ def test_features_are_taken_after_the_activation_and_before_the_pooling(factored
 
 @pytest.mark.parametrize(("size", "blocks"), [(1, 10), (2, 9), (4, 5), (100, 1)])
 def test_layers_per_block_widens_the_blocks(size, blocks, factored, images):
-    cuts = cut(factored("resnet20"), images, CutSettings(layers_per_block=size))
+    settings = CutSettings(boundaries="units", layers_per_block=size)
+    cuts = cut(factored("resnet20"), images, settings)
     assert len(cuts.blocks) == blocks
 
 
@@ -129,7 +133,8 @@ def test_layers_per_block_widens_the_blocks(size, blocks, factored, images):
 def test_every_block_but_the_last_has_the_layers_asked_for(name, size, factored, images):
     network = factored(name)
     alone, joined = (
-        cut(network, images, CutSettings(layers_per_block=n)).blocks for n in (1, size)
+        cut(network, images, CutSettings(boundaries="units", layers_per_block=n)).blocks
+        for n in (1, size)
     )
     assert all(len(block.layers) >= size for block in joined[:-1])
     assert sum((b.layers for b in joined), ()) == sum((b.layers for b in alone), ())
@@ -137,8 +142,77 @@ def test_every_block_but_the_last_has_the_layers_asked_for(name, size, factored,
     assert {b.layers[-1] for b in joined} <= {b.layers[-1] for b in alone}
 
 
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "shared"])
+def test_balanced_blocks_are_units_joined_as_far_as_the_largest_allows(
+    name, size, factored, images
+):
+    network = factored(name).eval()
+    units, joined = (
+        cut(network, images, CutSettings(boundaries=boundaries, layers_per_block=size))
+        for boundaries in ("units", "balanced")
+    )
+    layers = [
+        [layer for block in cuts.blocks for layer in block.layers] for cuts in (units, joined)
+    ]
+    assert layers[0] == layers[1]
+    ends = [[block.layers[-1] for block in cuts.blocks] for cuts in (units, joined)]
+    assert set(ends[1]) <= set(ends[0])
+    most = max(saved_by_blocks(network, units, images))
+    needs = saved_by_blocks(network, joined, images)
+    assert max(needs) <= most
+    # The output's side is joined first: a block has no room for the unit before it.
+    need = Need(network, units, images)
+    places = [-1, *(ends[0].index(end) for end in ends[1])]
+    for before, last in pairwise(places):
+        assert before < 0 or need(before, last) > most
+
+
+def saved_by_blocks(network: nn.Module, cuts, images: Tensor) -> list[int]:
+    """Bytes that each block saves for backward, for one more image: each is run, and asked."""
+
+    def saved(x: Tensor) -> list[int]:
+        held: list[Tensor] = []
+        found: list[int] = []
+
+        def visit(index: int, roots: tuple[Tensor, ...], logits: Tensor | None) -> None:
+            storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in held}
+            found.append(sum(storage.nbytes() for storage in storages.values()))
+            held.clear()
+
+        def pack(tensor: Tensor) -> Tensor:
+            held.append(tensor.detach())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            cuts.run(x, visit)
+        return found
+
+    few, more = (saved(images[:1].repeat(n, 1, 1, 1)) for n in (1, 3))
+    return [(b - a) // 2 for a, b in zip(few, more, strict=True)]
+
+
+def test_blocks_are_balanced_alike_whatever_the_batch_they_are_shown(factored, images):
+    network = factored("smallconv")
+    shown = [images, images[:1], images.repeat(20, 1, 1, 1), images.repeat(20, 1, 1, 1)[:2]]
+    cuts = [[b.layers for b in cut(network, x, CutSettings()).blocks] for x in shown]
+    assert all(blocks == cuts[0] for blocks in cuts)
+
+
+def test_balanced_blocks_hold_no_more_than_units_do(factored, images):
+    held = {}
+    for boundaries in ("units", "balanced"):
+        network = factored("resnet20")
+        cuts = cut(network, images, CutSettings(boundaries=boundaries))
+        with SavedActivations(network) as saved:
+            cuts.run(images, lambda i, roots, logits: roots[0].square().mean().backward())
+        held[boundaries] = saved.peak_bytes, len(cuts.blocks)
+    assert held["balanced"][1] < held["units"][1]
+    assert held["balanced"][0] <= 1.02 * held["units"][0]
+
+
 def test_a_dense_block_of_a_densenet_is_cut_inside(factored, images):
-    names = [block.name for block in cut(factored("densenet"), images, CutSettings()).blocks]
+    names = [block.name for block in cut(factored("densenet"), images, UNITS).blocks]
     assert "features.denseblock1.denselayer1" in names
     assert "features.denseblock1.denselayer5" in names
 

@@ -231,7 +231,7 @@ def test_a_loss_without_terms_is_refused(factored, images):
 
 def test_alignment_turns_u_towards_the_feedback(factored, images, labels):
     network = factored("smallconv")
-    rule, state = start(SSA(alpha=10.0), network, images)
+    rule, state = start(SSA(alpha=10.0, boundaries="units"), network, images)
     layer, P = factored_layers(network)["features.4"], state.directions(1)
     assert layer.U.shape[0] == P.shape[0]
 
@@ -251,7 +251,7 @@ def test_alignment_turns_u_towards_the_feedback(factored, images, labels):
 def test_the_feedback_has_the_rank_of_the_layer(factored, images):
     network = factored("smallconv")
     factored_layers(network)["features.4"].truncate_(torch.arange(2))
-    _, state = start(SSA(), network, images)
+    _, state = start(SSA(boundaries="units"), network, images)
     ranks = [modules[0].B_S.numel() for modules in state.feedback if len(modules)]
     assert ranks == [5, 2, 4]  # the first convolution is dense; five classes
 

@@ -4,6 +4,8 @@ Early units have large maps and late ones small. Trained alone, each late unit w
 the memory unused that an early one needs; joined, they are trained together, closer to backprop.
 """
 
+from collections import ChainMap
+
 import torch
 from torch import Tensor, nn
 
@@ -26,40 +28,69 @@ def balanced_ends(
         example: (N, C, H, W); one image of it is used.
     """
     segments = make_segments(traced, ends)
-    needs = activation_bytes(network, TracedCuts(traced, segments), example)
-    most, kept, total = max(needs), [], 0
-    for segment, need in zip(reversed(segments), reversed(needs), strict=True):
-        if total and total + need > most:
-            kept.append(segment.end)
-            total = 0
-        total += need
+    need = Need(network, TracedCuts(traced, segments), example)
+    units = range(len(segments))
+    most = max(need(unit, unit) for unit in units)
+    kept, last = [], units[-1]
+    for unit in reversed(units[:-1]):
+        if need(unit, last) > most:
+            kept.append(segments[unit].end)
+            last = unit
     hidden = [s.hidden for s in segments if s.hidden is not None]
     return [*reversed(kept), *hidden]
 
 
-def activation_bytes(network: nn.Module, cuts: TracedCuts, example: Tensor) -> list[int]:
-    """Bytes that each block saves for its backward, for one more image in the batch."""
-    # What does not grow with the batch are products of weights.
-    few, more = (_saved_bytes(network, cuts, example[:1], images) for images in (1, 3))
-    return [(b - a) // 2 for a, b in zip(few, more, strict=True)]
+class Need:
+    """Bytes that units first..last, as one block, save for backward, for each image of a batch.
+
+    What does not grow with the batch (weights, and products of them) does not count.
+
+    Args:
+        network: the one that is cut.
+        cuts: its units.
+        example: (N, C, H, W); one image of it is used.
+    """
+
+    def __init__(self, network: nn.Module, cuts: TracedCuts, example: Tensor) -> None:
+        self._few, self._more = (
+            # Repeated, not a view: what is saved counts as large as its storage.
+            _Saved(network, cuts, example[:1].repeat(images, *[1] * (example.ndim - 1)))
+            for images in (1, 3)
+        )
+
+    def __call__(self, first: int, last: int) -> int:
+        return (self._more.bytes(first, last) - self._few.bytes(first, last)) // 2
 
 
-def _saved_bytes(network: nn.Module, cuts: TracedCuts, example: Tensor, images: int) -> list[int]:
-    saved: dict[int, int] = {}
-    needs: list[int] = []
+class _Saved:
+    """What each unit saves for backward, of one batch (N, C, H, W)."""
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    def __init__(self, network: nn.Module, cuts: TracedCuts, x: Tensor) -> None:
+        self._kept: list[Tensor] = []  # so that no storage's place is taken by another
+        with in_mode(network, False), torch.enable_grad():
+            self._alone = self._storages(cuts, x, detached=True)
+            self._within = self._storages(cuts, x.detach().requires_grad_(), detached=False)
+        self._kept.clear()
 
-    def visit(index: int, roots: tuple[Tensor, ...], logits: Tensor | None) -> None:
-        needs.append(sum(saved.values()))
-        saved.clear()
+    def bytes(self, first: int, last: int) -> int:
+        """Of units first..last as one block; a storage that several save counts once."""
+        # What a unit does before its first layer, such as pooling, is saved within a block only.
+        before = sum(self._within[first].values()) - sum(self._alone[first].values())
+        return sum(ChainMap(*self._within[first : last + 1]).values()) - before
 
-    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    with in_mode(network, False), torch.enable_grad(), hooks:
-        # A copy: what autograd saves counts as large as its storage, be it a batch's of which this
-        # is one image.
-        cuts.run(example.repeat(images, *[1] * (example.ndim - 1)), visit)
-    return needs
+    def _storages(self, cuts: TracedCuts, x: Tensor, detached: bool) -> list[dict[int, int]]:
+        """Address and bytes of each storage that a unit saves."""
+        saved: dict[int, int] = {}
+        found: list[dict[int, int]] = []
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            saved[storage.data_ptr()] = storage.nbytes()
+            self._kept.append(tensor.detach())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            for _ in cuts.walk(x, detached):
+                found.append(dict(saved))
+                saved.clear()
+        return found

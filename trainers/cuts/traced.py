@@ -74,9 +74,9 @@ class TracedCuts:
                 logits = output.detach()
         return logits
 
-    def walk(self, x: Tensor) -> Walk:
-        """See `Cuts.walk`."""
-        return Walk(self._parts, {self._parts[0].given[0]: x})
+    def walk(self, x: Tensor, detached: bool = True) -> Walk:
+        """See `Cuts.walk`; graphs cross the cuts if not `detached`."""
+        return Walk(self._parts, {self._parts[0].given[0]: x}, detached=detached)
 
 
 def _split(
