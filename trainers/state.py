@@ -126,3 +126,18 @@ def restore_network(network: nn.Module, kept: Mapping[str, torch.Tensor], path: 
         if rank < layers[name].rank:
             layers[name].truncate_(torch.arange(rank))
     network.load_state_dict(kept)
+
+
+def restore_state(state: nn.Module, kept: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Load the rule's own parameters.
+
+    Raises:
+        StiefelError: they are of a network that was cut otherwise, or of other ranks.
+    """
+    try:
+        state.load_state_dict(kept)
+    except RuntimeError as error:
+        raise StiefelError(
+            f"{path} holds the read-outs of other blocks than this model's: resume with the model "
+            "as it was when the run began, on the same kind of device"
+        ) from error

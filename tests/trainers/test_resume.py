@@ -202,6 +202,16 @@ def test_ranks_of_a_resumed_model_are_those_it_had_fallen_to(data, tmp_path):
     assert {name: layer.rank for name, layer in factored_layers(model).items()} == ranks
 
 
+def test_a_model_that_is_cut_otherwise_than_the_run_s_is_refused(data, tmp_path):
+    rule, rest = SSA(boundaries="units"), {"settings": settings(), "out": tmp_path}
+    train_local(network(), data, rule=rule, progress=InterruptAt(1, 2), **rest)
+    kept = torch.load(tmp_path / "state.pt")
+    del kept["state"]["feedback.0.0.B_S"]
+    torch.save(kept, tmp_path / "state.pt")
+    with pytest.raises(StiefelError, match="read-outs of other blocks than this model's: resume"):
+        train_local(network(), data, rule=rule, resume=True, **rest)
+
+
 @pytest.fixture
 def interrupted(data, tmp_path):
     train_local(network(), data, settings=settings(), out=tmp_path, progress=InterruptAt(1, 2))
