@@ -46,7 +46,8 @@ class Features(nn.Module):
     def channels(self, B_U: Tensor, count: int) -> Tensor:
         """Orthonormal (C, count): the root's channels to which feedback of basis B_U (D, k) goes.
 
-        The mean of B_U over a map's cells; or what the first hidden layer listens to most.
+        The mean of B_U over a map's cells; or what the first hidden layer listens to most, where
+        there is one (not what goes past it).
         """
         count = min(count, self.root.channels, B_U.shape[-1])
         if self.hidden is not None:

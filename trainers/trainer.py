@@ -147,8 +147,8 @@ class _Training:
         # The rule sees the network as it began; a resumed run then takes up what became of it.
         self.state = self.rule.init(network, example, outputs, generator, teacher).to(device)
         if kept is not None:
-            restore_network(network, kept["network"], self.folder.state)
             restore_state(self.state, kept["state"], self.folder.state)
+            restore_network(network, kept["network"], self.folder.state)
         self.world.broadcast_(network, self.state)
         total = settings.epochs * self.steps
         self.update = Update(network, self.state, settings, device, self.world, total)

@@ -1,5 +1,6 @@
 """Blocks: the same function as the network, every parameter in one, and no graph across a cut."""
 
+import copy
 import json
 from itertools import pairwise
 
@@ -142,12 +143,22 @@ def test_every_block_but_the_last_has_the_layers_asked_for(name, size, factored,
     assert {b.layers[-1] for b in joined} <= {b.layers[-1] for b in alone}
 
 
+class Dropping(nn.Sequential):
+    """Layers whose dropout saves masks, after one without."""
+
+    def __init__(self) -> None:
+        layers: list[nn.Module] = [nn.Conv2d(3, 6, 3, padding=1), nn.ReLU()]
+        for _ in range(5):
+            layers += [nn.Conv2d(6, 6, 3, padding=1), nn.ReLU(), nn.Dropout(0.1)]
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5))
+
+
 @pytest.mark.parametrize("size", [1, 4])
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "shared"])
+@pytest.mark.parametrize("name", [*[name for name in NAMES if name != "shared"], "dropping"])
 def test_balanced_blocks_are_units_joined_as_far_as_the_largest_allows(
     name, size, factored, images
 ):
-    network = factored(name).eval()
+    network = Dropping() if name == "dropping" else factored(name)
     units, joined = (
         cut(network, images, CutSettings(boundaries=boundaries, layers_per_block=size))
         for boundaries in ("units", "balanced")
@@ -188,8 +199,8 @@ def saved_by_blocks(network: nn.Module, cuts, images: Tensor) -> list[int]:
             cuts.run(x, visit)
         return found
 
-    few, more = (saved(images[:1].repeat(n, 1, 1, 1)) for n in (1, 3))
-    return [(b - a) // 2 for a, b in zip(few, more, strict=True)]
+    few, more = (saved(images[:1].repeat(n, 1, 1, 1)) for n in (4, 8))
+    return [(b - a) // 4 for a, b in zip(few, more, strict=True)]
 
 
 def test_blocks_are_balanced_alike_whatever_the_batch_they_are_shown(factored, images):
@@ -197,6 +208,32 @@ def test_blocks_are_balanced_alike_whatever_the_batch_they_are_shown(factored, i
     shown = [images, images[:1], images.repeat(20, 1, 1, 1), images.repeat(20, 1, 1, 1)[:2]]
     cuts = [[b.layers for b in cut(network, x, CutSettings()).blocks] for x in shown]
     assert all(blocks == cuts[0] for blocks in cuts)
+
+
+class _OwnNorm(nn.BatchNorm2d):
+    """A norm that is not torch's own class, whose forward could be traced through."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, variance = self.running_mean, self.running_var
+        return F.batch_norm(x, mean, variance, self.weight, self.bias, self.training)
+
+
+@pytest.mark.parametrize("boundaries", ["balanced", "units", "layers"])
+def test_cutting_leaves_statistics_of_derived_norms_alone(boundaries):
+    layers = [nn.Conv2d(3, 6, 3, 2, 1), _OwnNorm(6), nn.ReLU(), nn.Conv2d(6, 6, 3, 2, 1)]
+    network = nn.Sequential(*layers, _OwnNorm(6), nn.Flatten(), nn.Linear(6, 5))
+    before = copy.deepcopy(network.state_dict())
+    cuts = cut(network, torch.randn(6, 3, 4, 4), CutSettings(boundaries=boundaries))
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+    cuts.run(torch.randn(6, 3, 4, 4), lambda *_: None)
+    assert network[1].running_mean.any()
+
+
+def test_whole_numbers_are_cut_too():
+    layers = [nn.Embedding(9, 6), nn.Flatten(), nn.Linear(24, 6), nn.ReLU(), nn.Linear(6, 5)]
+    network, words = nn.Sequential(*layers), torch.randint(9, (6, 4))
+    cuts = cut(network, words, CutSettings())
+    torch.testing.assert_close(cuts.run(words, lambda *_: None), network(words))
 
 
 def test_balanced_blocks_hold_no_more_than_units_do(factored, images):

@@ -109,7 +109,7 @@ def _reached(network: nn.Module, roots: tuple[Tensor, ...]) -> set[str]:
     return {name for name, gradient in zip(names, found, strict=True) if gradient is not None}
 
 
-@pytest.mark.parametrize("boundaries", ["units", "layers"])
+@pytest.mark.parametrize("boundaries", ["balanced", "units", "layers"])
 def test_blocks_compute_what_the_network_computes_and_no_gradient_crosses(
     network, boundaries, images
 ):
@@ -131,7 +131,7 @@ def test_blocks_compute_what_the_network_computes_and_no_gradient_crosses(
     assert set().union(*seen) == set(names.values())
 
 
-@pytest.mark.parametrize("boundaries", ["units", "layers"])
+@pytest.mark.parametrize("boundaries", ["balanced", "units", "layers"])
 @pytest.mark.parametrize("lookahead", [0, 1, 2])
 @pytest.mark.parametrize("storage", ["stored", "recomputed"])
 def test_a_teacher_that_is_a_copy_has_nothing_to_teach(
@@ -148,8 +148,33 @@ def test_a_teacher_that_is_a_copy_has_nothing_to_teach(
     torch.testing.assert_close(torch.stack(losses), torch.stack(wanted))
 
 
+class Dropped(_Network):
+    """In evaluation dropout returns what came in; in training `h` is not what is added to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+
+    def features(self, x):
+        first, second, third = self.layers
+        h = first(x)
+        changed = self.drop(h).add_(self.short(x))
+        return third(torch.relu(second(torch.relu(changed))) + h)
+
+
+@pytest.mark.parametrize("boundaries", ["balanced", "units", "layers"])
+def test_what_is_written_is_told_from_what_dropout_lets_through(boundaries, images):
+    network = Dropped()
+    cuts = cut(network, images, CutSettings(boundaries=boundaries))
+    results = []
+    for run in (network, lambda x: cuts.run(x, lambda *_: None)):
+        torch.manual_seed(0)
+        results.append(run(images))
+    torch.testing.assert_close(*results)
+
+
 class Named(nn.Sequential):
-    """Cut by name, with activations between the blocks that overwrite what these hand on."""
+    """Cut by name; the image is normalised in place, and activations overwrite blocks' outputs."""
 
     blocks = ("layers.0", "layers.2", "layers.4")
 
@@ -160,13 +185,18 @@ class Named(nn.Sequential):
         self.layers = nn.Sequential(first, next(between), second, next(between), third)
         self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
 
+    def forward(self, x):
+        return super().forward(x.sub_(0.5).div_(0.25))
+
 
 def test_named_blocks_hand_on_what_may_be_written_into(images):
     network, labels = Named(), torch.arange(len(images)) % 5
     rule, generator = make_rule(SSA(blocks=Named.blocks)), torch.Generator()
     state = rule.init(network, images, 5, generator, copy.deepcopy(network))
+    before = images.clone()
     *losses, _ = rule.step(network, state, images, labels).per_block.values()
     assert torch.stack(losses).tolist() == [0, 0]
+    assert torch.equal(images, before)
 
 
 @pytest.mark.parametrize("rule", [DFA, partial(SSA, error="global", similarity=1)])

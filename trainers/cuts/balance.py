@@ -8,6 +8,7 @@ from collections import ChainMap
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from trainers.cuts.graph import Traced, in_mode
 from trainers.cuts.places import make_segments
@@ -55,7 +56,7 @@ class Need:
         self._few, self._more = (
             # Repeated, not a view: what is saved counts as large as its storage.
             _Saved(network, cuts, example[:1].repeat(images, *[1] * (example.ndim - 1)))
-            for images in (1, 3)
+            for images in (2, 4)  # one alone is not half of two: some operations then save less
         )
 
     def __call__(self, first: int, last: int) -> int:
@@ -67,9 +68,14 @@ class _Saved:
 
     def __init__(self, network: nn.Module, cuts: TracedCuts, x: Tensor) -> None:
         self._kept: list[Tensor] = []  # so that no storage's place is taken by another
-        with in_mode(network, False), torch.enable_grad():
+        # Norms keep their statistics as they are; dropout drops, since its masks are saved too.
+        dropouts = [m for m in network.modules() if isinstance(m, _DropoutNd)]
+        devices = [x.device] if x.device.type == "cuda" else []
+        with in_mode(network, False), torch.enable_grad(), torch.random.fork_rng(devices):
+            for module in dropouts:
+                module.train()
             self._alone = self._storages(cuts, x, detached=True)
-            self._within = self._storages(cuts, x.detach().requires_grad_(), detached=False)
+            self._within = self._storages(cuts, x, detached=False)
         self._kept.clear()
 
     def bytes(self, first: int, last: int) -> int:

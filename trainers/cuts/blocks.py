@@ -29,7 +29,9 @@ class CutSettings(Settings):
         "cut after every layer, residual streams being detached too (layers)",
     )
     layers_per_block: int = Field(
-        1, ge=1, description="layers, factored or dense, to a block (at least)"
+        1,
+        ge=1,
+        description="layers, factored or dense, to a block (at least; balanced may join more)",
     )
     blocks: tuple[str, ...] = Field(
         (), description="submodules that are the blocks, as globs; for models that cannot be traced"

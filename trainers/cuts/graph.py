@@ -7,12 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
 
 from converter.attention import FactoredAttention
 from converter.errors import StiefelError
 from converter.factors import Factored, FactoredWeight
 
 ATTENTION = (nn.MultiheadAttention, FactoredAttention)
+# Taken whole; norms and dropout, and what derives from them, so that they follow their mode.
+WHOLE = (Factored, *ATTENTION, _NormBase, _DropoutNd)
 WEIGHTED = (Factored, nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRACE_ADVICE = "name the submodules that are to be its blocks, by glob, under `blocks`"
 
@@ -85,7 +89,7 @@ def _trace(network: nn.Module, opaque: frozenset[str]) -> tuple["_Tracer", fx.Gr
 
 
 class _Tracer(fx.Tracer):
-    """Takes factored layers and attention whole, and remembers where tracing failed."""
+    """Takes some modules whole, and remembers where tracing failed."""
 
     def __init__(self, opaque: frozenset[str]) -> None:
         super().__init__()
@@ -93,7 +97,7 @@ class _Tracer(fx.Tracer):
         self.culprit: str | None = None
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        whole = isinstance(m, (Factored, *ATTENTION)) or module_qualified_name in self.opaque
+        whole = isinstance(m, WHOLE) or module_qualified_name in self.opaque
         return whole or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
@@ -131,9 +135,12 @@ class _Recorder(fx.Interpreter):
         tensors = {m: v for m, v in self.env.items() if isinstance(v, Tensor)}
         versions = {m: v._version for m, v in tensors.items()}
         value = super().run_node(n)
+        module = self.fetch_attr(n.target) if n.op == "call_module" else None
+        if isinstance(module, _DropoutNd) and not module.inplace:
+            value = value.clone()  # in training it is another tensor than what came in
         self.writes[n] = {m for m, v in tensors.items() if v._version != versions[m]}
         # What writes in training alone, as dropout does, says so.
-        if n.op == "call_module" and getattr(self.fetch_attr(n.target), "inplace", False):
+        if getattr(module, "inplace", False):
             self.writes[n].update(n.all_input_nodes[:1])
         self.same[n] = {m for m in self.writes[n] if _is_same(tensors[m], value)}
         self.seen[n] = fx.node.map_aggregate(

@@ -34,6 +34,7 @@ class NamedCuts:
         self._named = _matching(network, globs)
         self._calls: list[str] = []
         self._overwritten: set[int] = set()
+        self._overwrites_image = False
         self.blocks = self._probe(example)
 
     def run(self, x: Tensor, visit: Visit) -> Tensor:
@@ -50,7 +51,7 @@ class NamedCuts:
             return self._handed_on(index, output)
 
         with self._hooked(leave):
-            logits = logits_of(self._network(x))
+            logits = logits_of(self._network(self._own(x)))
         visit(last, held.pop(), logits)
         return logits.detach()
 
@@ -63,9 +64,13 @@ class NamedCuts:
             return self._handed_on(index, output)
 
         with self._hooked(leave):
-            logits = logits_of(self._network(x))
+            logits = logits_of(self._network(self._own(x)))
         for index, roots in enumerate(kept):
             yield roots, logits if index == len(kept) - 1 else None
+
+    def _own(self, x: Tensor) -> Tensor:
+        """The images for one forward: a copy if they will be written into."""
+        return x.clone() if self._overwrites_image else x
 
     def _handed_on(self, index: int, output: Any) -> Any:
         """What the network goes on with: detached, and a copy where it will be written into."""
@@ -120,6 +125,7 @@ class NamedCuts:
             handed.append([(value, value._version) for value in values])
             return tree_map_only(Tensor, Tensor.detach, output)
 
+        version = images._version
         with in_mode(self._network, False), torch.enable_grad():
             handles = [module.register_forward_hook(hook) for module in self._named.values()]
             try:
@@ -127,6 +133,7 @@ class NamedCuts:
             finally:
                 for handle in handles:
                     handle.remove()
+        self._overwrites_image = images._version != version
         self._overwritten = {
             index
             for index, values in enumerate(handed)
