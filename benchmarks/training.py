@@ -107,7 +107,7 @@ TABLE = {
     ),
     "SSA, layer-wise": Method(SSA()),
     "SSA, layer-wise, linear read-outs": Method(SSA(readout_layers=0)),
-    "SSA, layer-wise, at most three blocks": Method(SSA(), blocks=3),
+    "SSA, layer-wise, in two blocks": Method(SSA(), blocks=2),
     "SSA, layer-wise, rank falling": Method(SSA(), settings={"ranks": RankSchedule(final="0.25")}),
 }
 # One change at a time to the defaults, «SSA, layer-wise» above.
