@@ -92,7 +92,7 @@ SCALES = {
     "tiny": Scale(("smallconv",), 256, 2, held_back=100),
     "small": Scale(("smallconv",), 3000, 4),
     "short": Scale(("smallconv",), 6000, 5),  # the ablation's
-    "medium": Scale(("smallconv", "vgg8*0.5", "resnet20", "resnet32"), 6000, 10),
+    "medium": Scale(("smallconv", "vgg8*0.5", "resnet32"), 6000, 10),
     "full": Scale(("smallconv", "vgg13", "resnet32", "mobilenetv1"), None, 100),
 }
 TABLE = {
