@@ -67,7 +67,6 @@ class _Saved:
     """What each unit saves for backward, of one batch (N, C, H, W)."""
 
     def __init__(self, network: nn.Module, cuts: TracedCuts, x: Tensor) -> None:
-        self._kept: list[Tensor] = []  # so that no storage's place is taken by another
         # Norms keep their statistics as they are; dropout drops, since its masks are saved too.
         dropouts = [m for m in network.modules() if isinstance(m, _DropoutNd)]
         devices = [x.device] if x.device.type == "cuda" else []
@@ -76,7 +75,6 @@ class _Saved:
                 module.train()
             self._alone = self._storages(cuts, x, detached=True)
             self._within = self._storages(cuts, x, detached=False)
-        self._kept.clear()
 
     def bytes(self, first: int, last: int) -> int:
         """Of units first..last as one block; a storage that several save counts once."""
@@ -87,16 +85,19 @@ class _Saved:
     def _storages(self, cuts: TracedCuts, x: Tensor, detached: bool) -> list[dict[int, int]]:
         """Address and bytes of each storage that a unit saves."""
         saved: dict[int, int] = {}
+        kept: list[Tensor] = []  # so that no storage's place is taken by another
         found: list[dict[int, int]] = []
 
         def pack(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
             saved[storage.data_ptr()] = storage.nbytes()
-            self._kept.append(tensor.detach())
+            kept.append(tensor.detach())
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             for _ in cuts.walk(x, detached):
                 found.append(dict(saved))
                 saved.clear()
+                if detached:
+                    kept.clear()
         return found
