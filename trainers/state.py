@@ -101,12 +101,34 @@ def check_same(kept: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> N
             )
 
 
-def restore_network(network: nn.Module, kept: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Load weights into a network that may still have the ranks it began with.
+def restore(
+    network: nn.Module, state: nn.Module, kept: Mapping[str, Mapping[str, torch.Tensor]], path: Path
+) -> None:
+    """Load what was kept of a network, which may still have the ranks it began with, and its rule.
 
     Raises:
-        StiefelError: the weights are another architecture's; the network is left as it was.
+        StiefelError: it is another architecture's, or the rule's of a network that was cut
+            otherwise; the network is left as it was.
     """
+    ranks = _fitting_ranks(network, kept["network"], path)
+    try:
+        state.load_state_dict(kept["state"])
+    except RuntimeError as error:
+        raise StiefelError(
+            f"{path} holds the read-outs of other blocks than this model's: resume with the model "
+            "as it was when the run began, on the same kind of device"
+        ) from error
+    layers = factored_layers(network)
+    for name, rank in ranks.items():
+        if rank < layers[name].rank:
+            layers[name].truncate_(torch.arange(rank))
+    network.load_state_dict(kept["network"])
+
+
+def _fitting_ranks(
+    network: nn.Module, kept: Mapping[str, torch.Tensor], path: Path
+) -> dict[str, int]:
+    """The ranks that were kept, if all else has the network's shapes."""
     own = network.state_dict()
     layers = factored_layers(network)
     ranks = {name: kept[f"{name}.S"].shape[-1] for name in layers if f"{name}.S" in kept}
@@ -122,22 +144,4 @@ def restore_network(network: nn.Module, kept: Mapping[str, torch.Tensor], path: 
             raise StiefelError(
                 f"{path} is of another architecture: {key} is {there} there, {here} in this model"
             )
-    for name, rank in ranks.items():
-        if rank < layers[name].rank:
-            layers[name].truncate_(torch.arange(rank))
-    network.load_state_dict(kept)
-
-
-def restore_state(state: nn.Module, kept: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Load the rule's own parameters.
-
-    Raises:
-        StiefelError: they are of a network that was cut otherwise, or of other ranks.
-    """
-    try:
-        state.load_state_dict(kept)
-    except RuntimeError as error:
-        raise StiefelError(
-            f"{path} holds the read-outs of other blocks than this model's: resume with the model "
-            "as it was when the run began, on the same kind of device"
-        ) from error
+    return ranks

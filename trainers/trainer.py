@@ -26,7 +26,7 @@ from trainers.randomness import random_state, repeatable, restore_random_state
 from trainers.rank_schedule import check_schedule, look, lowered
 from trainers.rules import SSA, RuleSettings, make_rule
 from trainers.settings import TrainSettings
-from trainers.state import RunFolder, check_same, restore_network, restore_state
+from trainers.state import RunFolder, check_same, restore
 from trainers.update import Update
 
 __all__ = ["History", "TrainSettings", "train_local"]
@@ -147,8 +147,7 @@ class _Training:
         # The rule sees the network as it began; a resumed run then takes up what became of it.
         self.state = self.rule.init(network, example, outputs, generator, teacher).to(device)
         if kept is not None:
-            restore_state(self.state, kept["state"], self.folder.state)
-            restore_network(network, kept["network"], self.folder.state)
+            restore(network, self.state, kept, self.folder.state)
         self.world.broadcast_(network, self.state)
         total = settings.epochs * self.steps
         self.update = Update(network, self.state, settings, device, self.world, total)
