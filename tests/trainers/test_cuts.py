@@ -2,7 +2,6 @@
 
 import copy
 import json
-from itertools import pairwise
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from torch.nn import functional as F
 from converter.errors import StiefelError
 from converter.factors import factored_layers
 from trainers.cuts import CutSettings, Root, cut, cut_alike, describe_cuts
-from trainers.cuts.balance import Need
 from trainers.memory import SavedActivations
 
 NAMES = [
@@ -143,73 +141,6 @@ def test_every_block_but_the_last_has_the_layers_asked_for(name, size, factored,
     assert {b.layers[-1] for b in joined} <= {b.layers[-1] for b in alone}
 
 
-class Dropping(nn.Sequential):
-    """Layers whose dropout saves masks, after one without."""
-
-    def __init__(self) -> None:
-        layers: list[nn.Module] = [nn.Conv2d(3, 6, 3, padding=1), nn.ReLU()]
-        for _ in range(5):
-            layers += [nn.Conv2d(6, 6, 3, padding=1), nn.ReLU(), nn.Dropout(0.1)]
-        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5))
-
-
-@pytest.mark.parametrize("size", [1, 4])
-@pytest.mark.parametrize("name", [*[name for name in NAMES if name != "shared"], "dropping"])
-def test_balanced_blocks_are_units_joined_as_far_as_the_largest_allows(
-    name, size, factored, images
-):
-    network = Dropping() if name == "dropping" else factored(name)
-    units, joined = (
-        cut(network, images, CutSettings(boundaries=boundaries, layers_per_block=size))
-        for boundaries in ("units", "balanced")
-    )
-    layers = [
-        [layer for block in cuts.blocks for layer in block.layers] for cuts in (units, joined)
-    ]
-    assert layers[0] == layers[1]
-    ends = [[block.layers[-1] for block in cuts.blocks] for cuts in (units, joined)]
-    assert set(ends[1]) <= set(ends[0])
-    most = max(saved_by_blocks(network, units, images))
-    needs = saved_by_blocks(network, joined, images)
-    assert max(needs) <= most
-    # The output's side is joined first: a block has no room for the unit before it.
-    need = Need(network, units, images)
-    places = [-1, *(ends[0].index(end) for end in ends[1])]
-    for before, last in pairwise(places):
-        assert before < 0 or need(before, last) > most
-
-
-def saved_by_blocks(network: nn.Module, cuts, images: Tensor) -> list[int]:
-    """Bytes that each block saves for backward, for one more image: each is run, and asked."""
-
-    def saved(x: Tensor) -> list[int]:
-        held: list[Tensor] = []
-        found: list[int] = []
-
-        def visit(index: int, roots: tuple[Tensor, ...], logits: Tensor | None) -> None:
-            storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in held}
-            found.append(sum(storage.nbytes() for storage in storages.values()))
-            held.clear()
-
-        def pack(tensor: Tensor) -> Tensor:
-            held.append(tensor.detach())
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            cuts.run(x, visit)
-        return found
-
-    few, more = (saved(images[:1].repeat(n, 1, 1, 1)) for n in (4, 8))
-    return [(b - a) // 4 for a, b in zip(few, more, strict=True)]
-
-
-def test_blocks_are_balanced_alike_whatever_the_batch_they_are_shown(factored, images):
-    network = factored("smallconv")
-    shown = [images, images[:1], images.repeat(20, 1, 1, 1), images.repeat(20, 1, 1, 1)[:2]]
-    cuts = [[b.layers for b in cut(network, x, CutSettings()).blocks] for x in shown]
-    assert all(blocks == cuts[0] for blocks in cuts)
-
-
 class _OwnNorm(nn.BatchNorm2d):
     """A norm that is not torch's own class, whose forward could be traced through."""
 
@@ -234,18 +165,6 @@ def test_whole_numbers_are_cut_too():
     network, words = nn.Sequential(*layers), torch.randint(9, (6, 4))
     cuts = cut(network, words, CutSettings())
     torch.testing.assert_close(cuts.run(words, lambda *_: None), network(words))
-
-
-def test_balanced_blocks_hold_no_more_than_units_do(factored, images):
-    held = {}
-    for boundaries in ("units", "balanced"):
-        network = factored("resnet20")
-        cuts = cut(network, images, CutSettings(boundaries=boundaries))
-        with SavedActivations(network) as saved:
-            cuts.run(images, lambda i, roots, logits: roots[0].square().mean().backward())
-        held[boundaries] = saved.peak_bytes, len(cuts.blocks)
-    assert held["balanced"][1] < held["units"][1]
-    assert held["balanced"][0] <= 1.02 * held["units"][0]
 
 
 def test_a_dense_block_of_a_densenet_is_cut_inside(factored, images):
