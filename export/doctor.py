@@ -16,6 +16,8 @@ import onnx
 import onnxruntime
 import torch
 
+from converter.errors import first_line
+
 PACKAGES = (
     "stiefel torch torchvision onnx onnxscript onnxruntime-gpu onnxruntime safetensors numpy timm "
     "tensorrt-cu13"
@@ -85,7 +87,7 @@ def try_provider(provider: str) -> str | None:
                 session.run(None, {"x": np.ones((1, 4), np.float32)})
                 return None
     except Exception as error:
-        return str(error).strip().splitlines()[0][:300]
+        return first_line(error)[:300]
     if provider == PROVIDERS["tensorrt"] and importlib.util.find_spec("tensorrt_libs") is None:
         return "TensorRT's libraries are not installed"
     return _missing_library(said.getvalue()) or "does not load"

@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from converter.errors import StiefelError
+from converter.errors import StiefelError, first_line
 from converter.settings import Settings
 from converter.specs import spec_of
 from export import parity
@@ -318,7 +318,7 @@ def _check(path: Path) -> None:
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except Exception as error:
-        first = str(error).strip().splitlines()[0]
+        first = first_line(error)
         raise StiefelError(f"the exported graph is not valid ONNX: {first[:300]}") from error
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from converter.attention import FactoredAttention
 from converter.checkpoints import load_any
-from converter.errors import StiefelError
+from converter.errors import StiefelError, first_line
 from converter.files import atomic_path
 from converter.models import rebuild
 from converter.settings import Settings
@@ -119,7 +119,7 @@ def build(path: str | Path, *, model: nn.Module | None = None) -> nn.Module:
         model.to(next(t.dtype for t in state.values() if t.is_floating_point()))
         model.load_state_dict(state)
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0]
+        first = first_line(error)
         raise StiefelError(f"{path} doesn't fit {type(model).__name__}: {first}") from error
     if spec is not None:
         model.stiefel_spec = spec

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from converter.errors import StiefelError
+from converter.errors import StiefelError, first_line
 from converter.factors import factored_layers
 from converter.specs import spec_of
 from trainers.data import Data, epoch_order
@@ -79,7 +79,7 @@ def count_outputs(network: nn.Module, example: Tensor, data: Data) -> int:
         with torch.no_grad():
             output = network.eval()(example)
     except (RuntimeError, ValueError, IndexError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise StiefelError(f"the network can't take images {_x(shape)}: {reason}") from error
     finally:
         for module, mode in modes:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from converter.errors import StiefelError
+from converter.errors import StiefelError, first_line
 from trainers.device import wide
 
 
@@ -117,7 +117,7 @@ def join_world(device: torch.device) -> Iterator[World]:
     try:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise StiefelError(f"the processes can't find each other: {reason}") from error
     try:
         yield World.here()

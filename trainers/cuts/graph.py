@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from converter.attention import FactoredAttention
-from converter.errors import StiefelError
+from converter.errors import StiefelError, first_line
 from converter.factors import Factored, FactoredWeight
 
 ATTENTION = (nn.MultiheadAttention, FactoredAttention)
@@ -81,7 +81,7 @@ def _trace(network: nn.Module, opaque: frozenset[str]) -> tuple["_Tracer", fx.Gr
             return tracer, tracer.trace(network)
         except Exception as error:
             if tracer.culprit is None or tracer.culprit in opaque:
-                reason = str(error).strip().split("\n")[0]
+                reason = first_line(error)
                 raise StiefelError(
                     f"{type(network).__name__} cannot be traced ({reason}); {TRACE_ADVICE}"
                 ) from error

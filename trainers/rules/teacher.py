@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from converter.errors import StiefelError
+from converter.errors import StiefelError, first_line
 from trainers.cuts import Cuts, cut_alike
 from trainers.cuts.blocks import logits_of
 from trainers.cuts.walk import Snapshot
@@ -125,7 +125,7 @@ def _count_outputs(teacher: nn.Module, image: Tensor) -> int:
         with torch.no_grad():
             return logits_of(teacher(image)).shape[-1]
     except (RuntimeError, ValueError, IndexError) as error:
-        shape, reason = "x".join(map(str, image.shape[1:])), str(error).strip().split("\n")[0]
+        shape, reason = "x".join(map(str, image.shape[1:])), first_line(error)
         raise StiefelError(
             f"the teacher can't take images {shape} of {image.dtype}: {reason}"
         ) from error
