@@ -19,7 +19,7 @@ from trainers.cuts.blocks import Block, CutSettings, Root, Visit
 from trainers.cuts.graph import trace
 from trainers.cuts.named import NamedCuts
 from trainers.cuts.places import choose_ends, make_segments
-from trainers.cuts.traced import TracedCuts
+from trainers.cuts.traced import TracedCuts, not_its_original
 
 __all__ = ["Block", "CutSettings", "Cuts", "Root", "Visit", "cut", "cut_alike", "describe_cuts"]
 
@@ -80,17 +80,15 @@ def cut_alike(cuts: Cuts, teacher: nn.Module, example: Tensor, settings: CutSett
         alike = NamedCuts(teacher, settings.blocks, example)
     names, others = ([block.name for block in c.blocks] for c in (cuts, alike))
     if names != others:
-        raise StiefelError(
-            f"the teacher's blocks are {', '.join(others)}, the network's {', '.join(names)}: give "
-            "the dense original that the network was converted from"
+        raise not_its_original(
+            f"the teacher's blocks are {', '.join(others)}, the network's {', '.join(names)}"
         )
     shapes = [[root.shape for root in block.roots] for block in alike.blocks]
     for block, theirs in zip(cuts.blocks, shapes, strict=True):
         if [root.shape for root in block.roots] != theirs:
-            raise StiefelError(
+            raise not_its_original(
                 f"the teacher yields {theirs} at block '{block.name}', the network "
-                f"{[root.shape for root in block.roots]}: give the dense original that the "
-                "network was converted from"
+                f"{[root.shape for root in block.roots]}"
             )
     return alike
 

@@ -45,10 +45,7 @@ class TracedCuts:
         roots = [tuple(root.name for root in block.roots) for block in self.blocks]
         ends = [own[segment.end - 1].name for segment in self._segments[:-1]]
         if missing := [name for name in [*ends, *sum(roots, ())] if name not in places]:
-            raise StiefelError(
-                f"the teacher has no '{missing[0]}': give the dense original that the network was "
-                "converted from"
-            )
+            raise not_its_original(f"the teacher has no '{missing[0]}'")
         stops = [*(places[name] + 1 for name in ends), len(other)]
         segments = [
             Segment(start, stop, ours.name, ours.layers)
@@ -58,10 +55,10 @@ class TracedCuts:
             layers = _parametric(own[ours.start : ours.end], self.traced)
             others = _parametric(other[theirs.start : theirs.end], traced)
             if layers != others:
-                raise StiefelError(
+                raise not_its_original(
                     f"block '{ours.name}' has {', '.join(layers)}, the teacher "
-                    f"{', '.join(others) or 'nothing'} there: give the dense original that the "
-                    "network was converted from, one that runs the same in training"
+                    f"{', '.join(others) or 'nothing'} there",
+                    ", one that runs the same in training",
                 )
         return TracedCuts(traced, segments, roots)
 
@@ -77,6 +74,13 @@ class TracedCuts:
     def walk(self, x: Tensor, detached: bool = True) -> Walk:
         """See `Cuts.walk`; graphs cross the cuts if not `detached`."""
         return Walk(self._parts, {self._parts[0].given[0]: x}, detached=detached)
+
+
+def not_its_original(why: str, which: str = "") -> StiefelError:
+    """What is said of a teacher that is not the dense original."""
+    return StiefelError(
+        f"{why}: give the dense original that the network was converted from{which}"
+    )
 
 
 def _split(
