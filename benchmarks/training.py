@@ -107,6 +107,8 @@ TABLE = {
     ),
     "SSA, layer-wise": Method(SSA()),
     "SSA, layer-wise, linear read-outs": Method(SSA(readout_layers=0)),
+    "SSA, layer-wise, in five blocks": Method(SSA(), blocks=5),
+    "SSA, layer-wise, in three blocks": Method(SSA(), blocks=3),
     "SSA, layer-wise, in two blocks": Method(SSA(), blocks=2),
     "SSA, layer-wise, rank falling": Method(SSA(), settings={"ranks": RankSchedule(final="0.25")}),
 }
