@@ -21,6 +21,7 @@ import matplotlib
 import torch
 from torch import Tensor, nn
 
+from benchmarks.command_line import Listed, Script
 from benchmarks.study import RESULTS, Study, markdown_table, mean_sd, real_data
 from benchmarks.tensorly_torch import channel_ranks, tucker, tucker_parameters
 from converter.calibration import Calibration
@@ -63,14 +64,16 @@ MEANING = {
 TARGETS = {0.75: 0.8, 0.5: 2.0, 0.33: 4.0, 0.25: 6.5}  # points lost, at most
 
 
-@click.command(help=__doc__)
+@click.command(cls=Script, help=__doc__)
 @click.option("--cifar", required=True, metavar="DIR", help="CIFAR-10 as train/CLASS, test/CLASS")
 @click.option("--data", metavar="DIR", help="where the checkpoints are  [default: $STIEFEL_DATA]")
 @click.option("--scale", type=click.Choice(["full", "small"]), default="full", show_default=True)
 @click.option("--draws", default=3, show_default=True, help="draws of calibration images")
 @click.option("--images", "count", default=500, show_default=True, help="images of each draw")
 @click.option("--threads", default=1, show_default=True, help="of torch")
-@click.option("--only", help="these steps, separated by commas  [default: all]")
+@click.option(
+    "--only", type=Listed(click.Choice([*STEPS])), help=f"of {', '.join(STEPS)}  [default: all]"
+)
 @click.option("--out", type=click.Path(path_type=Path), help="the JSON file; .md and .png beside")
 def main(cifar, data, scale, draws, count, threads, only, out) -> None:
     torch.set_num_threads(threads)
@@ -88,7 +91,7 @@ def main(cifar, data, scale, draws, count, threads, only, out) -> None:
         },
     )
     bench: Bench | None = None
-    wanted = _wanted(only.split(",") if only else list(STEPS), 1 if small else draws, small)
+    wanted = _wanted(only or tuple(STEPS), 1 if small else draws, small)
     for network, fraction, step, draw in wanted:
         asked = {"network": network, "kept": fraction, "step": step, "draw": draw}
         if study.find(**asked) or (step == "tensorly" and find_spec("tltorch") is None):
@@ -101,7 +104,9 @@ def main(cifar, data, scale, draws, count, threads, only, out) -> None:
     print(f"Wrote {path} and its table: {len(study.rows)} rows.")
 
 
-def _wanted(names: list[str], draws: int, small: bool) -> Iterator[tuple[str, float, str, int]]:
+def _wanted(
+    names: tuple[str, ...], draws: int, small: bool
+) -> Iterator[tuple[str, float, str, int]]:
     """What there is to measure, the most telling first."""
     networks = ("resnet32",) if small else tuple(NETWORKS)
     fractions = (0.5, 0.25) if small else tuple(TARGETS)

@@ -20,6 +20,7 @@ import click
 import torch
 from torch import Tensor, nn
 
+from benchmarks.command_line import Script
 from benchmarks.study import RESULTS, Study, markdown_table
 from benchmarks.tensorly_torch import tucker
 from converter.convert import convert, plan
@@ -45,7 +46,7 @@ Facts = dict[str, float]
 METHODS = ("ours", "torch.linalg.svd", "tensorly")
 
 
-@click.command(help=__doc__)
+@click.command(cls=Script, help=__doc__)
 @click.option("--scale", type=click.Choice(["full", "small"]), default="full", show_default=True)
 @click.option("--threads", default=2, show_default=True, help="of torch")
 @click.option("--repeats", default=3, show_default=True, help="of ours; the least is reported")

@@ -14,6 +14,7 @@ from pathlib import Path
 import click
 from torch import nn
 
+from benchmarks.command_line import Listed, Script
 from benchmarks.study import RESULTS, Study, held_back, markdown_table, matching, mean_sd, real_data
 from converter.convert import convert, plan
 from converter.files import write_text
@@ -53,11 +54,13 @@ METHODS: dict[str, tuple[RuleSettings, tuple[float, ...]]] = {
 }
 
 
-@click.command(help=__doc__)
+@click.command(cls=Script, help=__doc__)
 @click.option("--network", type=click.Choice([*CHECKPOINTS]), default="resnet56")
 @click.option("--images", "count", default=10_000, show_default=True, help="training images")
-@click.option("--fractions", default="0.25,0.5", show_default=True, help="of the parameters")
-@click.option("--epochs", default="1,2", show_default=True)
+@click.option(
+    "--fractions", type=Listed(float), default="0.25,0.5", show_default=True, help="of parameters"
+)
+@click.option("--epochs", type=Listed(int), default="1,2", show_default=True)
 @click.option("--seeds", default=3, show_default=True)
 @click.option("--methods", multiple=True, help="only rows whose name matches this glob; repeatable")
 @click.option("--select", is_flag=True, help="choose rates on held-back training images")
@@ -81,15 +84,14 @@ def main(
     held = _data(dense, cifar, count, select)
     study.measure({"method": "dense", "fraction": 1.0}, partial(_accuracy, dense, held))
     small = {}
-    for fraction in map(float, fractions.split(",")):
+    for fraction in fractions:
         small[fraction] = _converted(dense, fraction, held)
         study.measure(
             {"method": "converted", "fraction": fraction}, partial(_accuracy, small[fraction], held)
         )
-    lengths = [int(length) for length in epochs.split(",")]
     chosen = matching(METHODS, methods)
     # Seeds come last, so that an unfinished run has a whole table of fewer seeds.
-    for seed, length, fraction, method in product(range(seeds), lengths, small, chosen):
+    for seed, length, fraction, method in product(range(seeds), epochs, small, chosen):
         rule, rates = METHODS[method]
         for lr in rates if select else rates[:1]:
             settings = TrainSettings(epochs=length, lr=lr, batch_size=128, seed=seed, device=device)

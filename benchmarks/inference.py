@@ -20,6 +20,7 @@ import click
 import torch
 from torch import Tensor, nn
 
+from benchmarks.command_line import Listed, Script
 from benchmarks.study import RESULTS, Row, Study, markdown_table
 from converter.convert import convert, plan
 from converter.cost import count_macs, count_parameters
@@ -94,41 +95,43 @@ SCALES = {
 }
 
 
-@click.command(help=__doc__)
+@click.command(cls=Script, help=__doc__)
 @click.option("--scale", type=click.Choice(list(SCALES)), default="full", show_default=True)
-@click.option("--networks", help=f"comma-separated, of {', '.join(NETWORKS)}  [default: scale's]")
-@click.option("--devices", default="auto", show_default=True, help="cpu, cuda, cpu,cuda or auto")
+@click.option(
+    "--networks",
+    type=Listed(click.Choice([*NETWORKS])),
+    help=f"of {', '.join(NETWORKS)}  [default: scale's]",
+)
+@click.option(
+    "--devices", type=Listed(), default="auto", show_default=True, help="cpu, cuda or both"
+)
 @click.option("--again", is_flag=True, help="time anew what is in the results already")
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
     help="the JSON file; tables and plots go beside it  [default: results/inference.json]",
 )
-def main(scale: str, networks: str | None, devices: str, again: bool, out: Path | None) -> None:
+def main(
+    scale: str, networks: tuple[str, ...], devices: str, again: bool, out: Path | None
+) -> None:
     """Time what is missing, then write the tables and plots of all there is."""
     out = out or RESULTS / ("inference.json" if scale == "full" else f"inference-{scale}.json")
-    names = networks.split(",") if networks else SCALES[scale].networks
-    if unknown := set(names) - set(NETWORKS):
-        raise click.BadParameter(f"no network {sorted(unknown)[0]}", param_hint="--networks")
+    names = networks or SCALES[scale].networks
     about = {"study": "inference", "scale": scale, "budgets": list(BUDGETS), "seed": 0}
-    try:
-        study = Study(out, about)
-        for device in _devices(devices):
-            for name in names:
-                asked = {"network": name, "device": device}
-                if again:
-                    study.forget(**asked)
-                study.measure(asked, lambda n=name, d=device: time_network(n, d, SCALES[scale]))
-                write_text(out.with_suffix(".md"), report(study.rows))
-        draw(study.rows, out)
-    except StiefelError as error:
-        raise click.ClickException(str(error)) from error
+    study = Study(out, about)
+    for device in _devices(devices):
+        for name in names:
+            asked = {"network": name, "device": device}
+            if again:
+                study.forget(**asked)
+            study.measure(asked, lambda n=name, d=device: time_network(n, d, SCALES[scale]))
+            write_text(out.with_suffix(".md"), report(study.rows))
+    draw(study.rows, out)
 
 
-def _devices(text: str) -> list[str]:
-    if text == "auto":
+def _devices(names: tuple[str, ...]) -> list[str]:
+    if names == ("auto",):
         return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    names = text.split(",")
     if unknown := set(names) - set(RUNTIMES):
         raise click.BadParameter(f"no device {sorted(unknown)[0]}", param_hint="--devices")
     return [resolve_device(name).type for name in names]

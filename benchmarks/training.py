@@ -17,6 +17,7 @@ import matplotlib
 import torch
 from torch import Tensor, nn
 
+from benchmarks.command_line import Listed, Script
 from benchmarks.study import RESULTS, Study, held_back, markdown_table, matching, mean_sd
 from converter.convert import convert, plan
 from converter.cost import count_parameters
@@ -145,16 +146,18 @@ ABLATION = {
 }
 
 
-@click.command(help=__doc__)
+@click.command(cls=Script, help=__doc__)
 @click.option(
     "--study", "kind", type=click.Choice(["comparison", "ablation"]), default="comparison"
 )
 @click.option("--scale", type=click.Choice([*SCALES]), default="small", show_default=True)
-@click.option("--networks", help="comma-separated, of the zoo  [default: scale's]")
+@click.option("--networks", type=Listed(), help="of the zoo, or NAME*WIDTH  [default: scale's]")
 @click.option("--methods", multiple=True, help="only rows whose name matches this glob; repeatable")
 @click.option("--seeds", default=3, show_default=True)
 @click.option("--select", is_flag=True, help="choose rates on held-back training images")
-@click.option("--data", required=True, help="cifar10:DIR, imagefolder:DIR, cifar100:DIR, digits …")
+@click.option(
+    "--data", required=True, help="cifar10:DIR, imagefolder:DIR, cifar100:DIR, fake:3x32x32 …"
+)
 @click.option("--device", default="auto", show_default=True)
 @click.option("--precision", default="fp32", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="the JSON file of the rows")
@@ -174,7 +177,7 @@ def main(kind, scale, networks, methods, seeds, select, data, device, precision,
     rows = TABLE if kind == "comparison" else {"defaults": TABLE["SSA, layer-wise"], **ABLATION}
     asked_for = matching(rows, methods)
     for seed in range(1 if select else seeds):
-        for network in networks.split(",") if networks else size.networks:
+        for network in networks or size.networks:
             for label in asked_for:
                 method = rows[label]
                 for lr in RATES if select else (method.lr_of.get(network, method.lr),):

@@ -23,6 +23,7 @@ import matplotlib
 import torch
 from torch import Tensor, nn
 
+from benchmarks.command_line import Listed, Script
 from benchmarks.study import RESULTS, commit, markdown_table
 from converter.convert import convert, plan
 from converter.files import atomic_path, write_text
@@ -84,9 +85,10 @@ class Contender:
     seconds: list[tuple[float, float]] = field(default_factory=list)
 
 
-@click.command(help=__doc__)
+@click.command(cls=Script, help=__doc__)
 @click.option(
     "--networks",
+    type=Listed(click.Choice([*NETWORKS])),
     default="vgg13,resnet32,smallconv,mobilenetv1,resnet50,vit_b_16",
     show_default=True,
 )
@@ -117,7 +119,7 @@ def main(networks, rank, batch, rounds, sweeps, precision, name, threads, out) -
         for row in rows:
             print("  " + _line(row, rows), flush=True)
 
-    for key in filter(None, networks.split(",")):
+    for key in networks:
         spec, shape, classes, few, many = NETWORKS[key]
         count = batch or (many if device.type == "cuda" else few)
         rules = [*RULES] if classes < 1000 else HEAVY

@@ -1,0 +1,55 @@
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from benchmarks import training
+from benchmarks.training import SCALES, TABLE, Method, main
+from converter.models import load
+from trainers.cuts import cut
+from trainers.rules import SSA
+
+ROWS = ("backpropagation, factored", "SSA, layer-wise")
+
+
+def run(path, *words):
+    methods = [word for row in ROWS for word in ("--methods", row)]
+    basic = ["--scale", "tiny", "--data", "fake:3x32x32", "--seeds", "1", "--out", str(path)]
+    return CliRunner().invoke(main, [*basic, *methods, *words], catch_exceptions=False)
+
+
+def test_a_comparison_writes_rows_a_table_and_a_plot_and_is_not_measured_twice(
+    tmp_path, monkeypatch
+):
+    path = tmp_path / "t.json"
+    assert run(path).exit_code == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["network"], row["method"]) for row in rows] == [("smallconv", m) for m in ROWS]
+    assert rows[0]["parameters"] == rows[1]["parameters"]
+    assert rows[1]["activation_memory_mib"] < rows[0]["activation_memory_mib"]
+    assert "| smallconv, SSA, layer-wise |" in path.with_suffix(".md").read_text()
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr(training, "_trained", lambda *_: pytest.fail("measured again"))
+    assert run(path).exit_code == 0
+
+
+def test_rates_are_chosen_on_training_images_held_back(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(training, "RATES", (1e-3,))
+    monkeypatch.setattr(training, "TABLE", {ROWS[0]: TABLE[ROWS[0]]})
+    evaluate = training.evaluate
+    monkeypatch.setattr(
+        training, "evaluate", lambda m, d, **k: seen.append(len(d)) or evaluate(m, d, **k)
+    )
+    assert run(tmp_path / "t.json", "--select").exit_code == 0
+    assert seen == [SCALES["tiny"].held_back]
+
+
+@pytest.mark.parametrize("blocks", [2, 3, 5])
+def test_blocks_are_as_few_as_asked_and_as_many_as_that_allows(blocks):
+    model = load("zoo:resnet20")
+    example = next(iter(model.parameters())).new_zeros(2, 3, 32, 32)
+    rule = Method(SSA(), blocks=blocks).rule_for(model, example)
+    assert len(cut(model, example, rule).blocks) <= blocks
+    narrower = rule.model_copy(update={"layers_per_block": rule.layers_per_block - 1})
+    assert len(cut(model, example, narrower).blocks) > blocks
