@@ -39,9 +39,9 @@ METHODS: dict[str, tuple[RuleSettings, tuple[float, ...]]] = {
         SSA(boundaries="units", layers_per_block=18, lookahead=2, distillation=0.3),
         (1e-3,),
     ),
-    "local, two blocks, looking ahead": (SSA(layers_per_block=18, lookahead=1), (1e-3,)),
-    "local, 6 layers to a block, looking ahead to the end": (
-        SSA(boundaries="units", layers_per_block=6, lookahead=8, storage="recomputed"),
+    "local, memory 0.5, looking ahead": (SSA(memory=0.5, lookahead=2), (1e-3,)),
+    "local, memory 0.25, looking ahead to the end": (
+        SSA(memory=0.25, lookahead=8, storage="recomputed"),
         (1e-3,),
     ),
     "local, 18 layers to a block": (SSA(boundaries="units", layers_per_block=18), (3e-3, 1e-3)),

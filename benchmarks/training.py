@@ -7,7 +7,6 @@ are those that `--select` found best on training images held back.
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import count
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import click
 import matplotlib
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.command_line import Listed, Script
 from benchmarks.study import RESULTS, Study, held_back, markdown_table, matching, mean_sd
@@ -26,7 +25,6 @@ from converter.files import atomic_path, write_text
 from converter.layers import find_layers
 from converter.models import load
 from converter.specs import spec_of
-from trainers.cuts import cut
 from trainers.data import Data, load_data
 from trainers.evaluate import evaluate
 from trainers.memory import activation_memory_mib
@@ -53,7 +51,6 @@ class Method:
         rank: fraction of full rank; None leaves the network dense.
         lr: the best of `RATES`, as `--select` found.
         lr_of: the same for networks where it was another (ResNet-32's is ResNet-20's).
-        blocks: at most so many, each of no more layers than that takes; None: as the rule says.
         settings: of the training, where they are not the defaults.
     """
 
@@ -61,15 +58,7 @@ class Method:
     rank: float | None = 0.5
     lr: float = 5e-3
     lr_of: Mapping[str, float] = field(default_factory=dict)
-    blocks: int | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
-
-    def rule_for(self, model: nn.Module, example: Tensor) -> RuleSettings:
-        """The rule, with as many layers to a block as `blocks` asks for."""
-        if self.blocks is None:
-            return self.rule
-        widened = (self.rule.model_copy(update={"layers_per_block": n}) for n in count(1))
-        return next(r for r in widened if len(cut(model, example, r).blocks) <= self.blocks)
 
 
 @dataclass(frozen=True)
@@ -108,9 +97,8 @@ TABLE = {
     ),
     "SSA, layer-wise": Method(SSA()),
     "SSA, layer-wise, linear read-outs": Method(SSA(readout_layers=0)),
-    "SSA, layer-wise, in five blocks": Method(SSA(), blocks=5),
-    "SSA, layer-wise, in three blocks": Method(SSA(), blocks=3),
-    "SSA, layer-wise, in two blocks": Method(SSA(), blocks=2),
+    "SSA, layer-wise, memory 0.25": Method(SSA(memory=0.25)),
+    "SSA, layer-wise, memory 0.5": Method(SSA(memory=0.5)),
     "SSA, layer-wise, rank falling": Method(SSA(), settings={"ranks": RankSchedule(final="0.25")}),
 }
 # One change at a time to the defaults, «SSA, layer-wise» above.
@@ -205,10 +193,9 @@ def _trained(
         model = factored(model, method.rank)
     data = _data(source, model, size, select)
     batch = torch.randn(MEMORY_BATCH, *spec_of(model).input.shape)
-    rule = method.rule_for(model, batch)
-    memory = activation_memory_mib(model, rule, batch, num_classes=len(data.classes))
+    memory = activation_memory_mib(model, method.rule, batch, num_classes=len(data.classes))
     glance = replace(data, test=data.test.limited(LOOKS, seed=0))
-    history = train_local(model, glance, rule=rule, settings=settings)
+    history = train_local(model, glance, rule=method.rule, settings=settings)
     ranks = [layer.rank / layer.full_rank for layer in factored_layers(model).values()]
     rest = {"device": settings.device, "precision": settings.precision}
     return {

@@ -4,10 +4,7 @@ import pytest
 from click.testing import CliRunner
 
 from benchmarks import training
-from benchmarks.training import SCALES, TABLE, Method, main
-from converter.models import load
-from trainers.cuts import cut
-from trainers.rules import SSA
+from benchmarks.training import SCALES, TABLE, main
 
 ROWS = ("backpropagation, factored", "SSA, layer-wise")
 
@@ -43,13 +40,3 @@ def test_rates_are_chosen_on_training_images_held_back(tmp_path, monkeypatch):
     )
     assert run(tmp_path / "t.json", "--select").exit_code == 0
     assert seen == [SCALES["tiny"].held_back]
-
-
-@pytest.mark.parametrize("blocks", [2, 3, 5])
-def test_blocks_are_as_few_as_asked_and_as_many_as_that_allows(blocks):
-    model = load("zoo:resnet20")
-    example = next(iter(model.parameters())).new_zeros(2, 3, 32, 32)
-    rule = Method(SSA(), blocks=blocks).rule_for(model, example)
-    assert len(cut(model, example, rule).blocks) <= blocks
-    narrower = rule.model_copy(update={"layers_per_block": rule.layers_per_block - 1})
-    assert len(cut(model, example, narrower).blocks) > blocks

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from converter.errors import StiefelError
 from trainers.cuts import CutSettings, cut
 from trainers.cuts.balance import Need
 from trainers.memory import SavedActivations
@@ -58,6 +59,35 @@ def test_balanced_blocks_are_units_joined_as_far_as_the_largest_allows(
     places = [-1, *(ends[0].index(end) for end in ends[1])]
     for before, last in pairwise(places):
         assert before < 0 or need(before, last) > most
+
+
+@pytest.mark.parametrize("share", [0.2, 0.4, 0.7, 1.0])
+@pytest.mark.parametrize("name", ["smallconv", "resnet20", "densenet", "vit"])
+def test_a_share_of_the_memory_widens_blocks_as_far_as_it_goes(name, share, factored, images):
+    network = factored(name)
+    units, wider = (
+        cut(network, images, settings)
+        for settings in (CutSettings(boundaries="units"), CutSettings(memory=share))
+    )
+    alone = saved_by_blocks(network, units, images)
+    need = Need(network, units, images)
+    most = max(*alone, share * need(0, len(units.blocks) - 1))
+    assert max(saved_by_blocks(network, wider, images)) <= most
+    ends = [block.layers[-1] for block in units.blocks]
+    places = [-1, *(ends.index(block.layers[-1]) for block in wider.blocks)]
+    for before, last in pairwise(places):
+        assert before < 0 or need(before, last) > most
+    if share == 1:
+        assert len(wider.blocks) == 1
+
+
+def test_memory_is_shared_out_among_balanced_blocks_only(factored, images):
+    for settings, said in (
+        (CutSettings(boundaries="units", memory=0.5), "boundaries are units: leave one out"),
+        (CutSettings(blocks=("conv*",), memory=0.5), "memory has nothing to say"),
+    ):
+        with pytest.raises(StiefelError, match=said):
+            cut(factored("smallconv"), images, settings)
 
 
 def saved_by_blocks(network: nn.Module, cuts, images: Tensor) -> list[int]:

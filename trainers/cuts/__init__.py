@@ -49,21 +49,27 @@ def cut(network: nn.Module, example: Tensor, settings: CutSettings) -> Cuts:
         settings: where to cut.
 
     Raises:
-        StiefelError: the network can't be traced and no blocks are named, the names don't fit, or
-            blocks are named and it is also said where else to cut.
+        StiefelError: the network can't be traced and no blocks are named, the names don't fit,
+            blocks are named and it is also said where else to cut, or memory is to be shared out
+            and blocks are not to be balanced.
     """
     if settings.blocks:
-        for name in ("boundaries", "layers_per_block"):
+        for name in ("boundaries", "memory", "layers_per_block"):
             # A resolved recipe spells out defaults, so these are nobody's wish.
             if getattr(settings, name) != CutSettings.model_fields[name].default:
                 raise StiefelError(
                     f"blocks names the blocks, so {name} has nothing to say: leave one out"
                 )
         return NamedCuts(network, settings.blocks, example)
+    if settings.memory and settings.boundaries != "balanced":
+        raise StiefelError(
+            f"memory says how far blocks are balanced, and boundaries are {settings.boundaries}: "
+            "leave one out"
+        )
     traced = trace(network, example)
     ends = choose_ends(traced, settings)
     if settings.boundaries == "balanced":
-        ends = balanced_ends(network, traced, ends, example)
+        ends = balanced_ends(network, traced, ends, example, settings.memory)
     return TracedCuts(traced, make_segments(traced, ends))
 
 

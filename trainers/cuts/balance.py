@@ -16,9 +16,9 @@ from trainers.cuts.traced import TracedCuts
 
 
 def balanced_ends(
-    network: nn.Module, traced: Traced, ends: list[int], example: Tensor
+    network: nn.Module, traced: Traced, ends: list[int], example: Tensor, share: float = 0.0
 ) -> list[int]:
-    """Leave out every cut whose two sides together need no more memory than the largest unit.
+    """Leave out every cut whose two sides together need no more memory than is needed anyway.
 
     From the output backwards, so that the last block, which the labels reach, is as wide as can be.
 
@@ -27,11 +27,14 @@ def balanced_ends(
         traced: its graph.
         ends: the units' ends.
         example: (N, C, H, W); one image of it is used.
+        share: of what the whole network needs as one block, which a block may need where the
+            largest unit needs less.
     """
     segments = make_segments(traced, ends)
     need = Need(network, TracedCuts(traced, segments), example)
     units = range(len(segments))
-    most = max(need(unit, unit) for unit in units)
+    largest = max(need(unit, unit) for unit in units)
+    most = max(largest, share * need(0, units[-1]))
     kept, last = [], units[-1]
     for unit in reversed(units[:-1]):
         if need(unit, last) > most:

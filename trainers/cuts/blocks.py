@@ -28,6 +28,13 @@ class CutSettings(Settings):
         "units while they need no more memory than the largest (balanced); join none (units); or "
         "cut after every layer, residual streams being detached too (layers)",
     )
+    memory: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of backpropagation's activations that balanced blocks may hold; never "
+        "less than the largest unit does",
+    )
     layers_per_block: int = Field(
         1,
         ge=1,
