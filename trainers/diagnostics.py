@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from converter.errors import StiefelError
 from converter.factors import Factored
 from trainers.cuts import Cuts, CutSettings, cut
-from trainers.cuts.graph import in_mode
 from trainers.data import Data, examples
 from trainers.feedback import DenseFeedback, fitted_factors
+from trainers.looking import in_mode, undisturbed
 from trainers.manifold import departure
 from trainers.rules import BP, Rule, make_rule
 
@@ -62,7 +62,7 @@ class Diagnostics:
     ) -> None:
         self.network, self.rule, self.state = network, rule, state
         self.seed, self.label_smoothing = seed, label_smoothing
-        with _undisturbed(network, state):
+        with _without_trace(network, state):
             self.batch = self._drawn(data.train, images, seed)
             size = 4 * math.prod(self.batch[0].shape[1:])
             count = max(images, min(_PROBE_IMAGES, _PROBE_BYTES // size))
@@ -98,7 +98,7 @@ class Diagnostics:
     ) -> tuple[dict[str, dict[str, Tensor]], dict[str, float]]:
         """Each weighted module's gradients by parameter name, and each block's loss."""
         x, y = self._on_device(self.batch)
-        with _undisturbed(self.network, self.state):
+        with _without_trace(self.network, self.state):
             torch.manual_seed(self.seed)  # both rules meet the same dropout
             result = rule.step(self.network, state, x, y, label_smoothing=self.label_smoothing)
             found = {
@@ -139,8 +139,8 @@ class Diagnostics:
                 pair = z.float().cpu(), None if read is None else read.float().cpu()
                 found.setdefault(root.name, []).append(pair)
 
-        undisturbed = _undisturbed(self.network, self.state)
-        with undisturbed, in_mode(self.network, False), torch.no_grad():
+        no_trace = _without_trace(self.network, self.state)
+        with no_trace, in_mode(self.network, False), torch.no_grad():
             for chunk in images[0].split(_CHUNK):
                 cuts.run(chunk.to(self._device), visit)
         return {
@@ -232,18 +232,11 @@ def _accuracy(logits: Tensor, labels: Tensor) -> float:
 
 
 @contextmanager
-def _undisturbed(network: nn.Module, state: nn.Module) -> Iterator[None]:
+def _without_trace(network: nn.Module, state: nn.Module) -> Iterator[None]:
     """Afterwards buffers and random numbers are as they were, and gradients are cleared."""
-    device = next(network.parameters()).device
-    devices = [device] if device.type == "cuda" else []
-    buffers = [b for module in (network, state) for b in module.buffers()]
-    before = [b.clone() for b in buffers]
-    with torch.random.fork_rng(devices):
+    with undisturbed(network, state):
         try:
             yield
         finally:
             network.zero_grad()
             state.zero_grad()
-            with torch.no_grad():
-                for buffer, value in zip(buffers, before, strict=True):
-                    buffer.copy_(value)

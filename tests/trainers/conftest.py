@@ -97,3 +97,23 @@ def images() -> Tensor:
 def labels() -> Tensor:
     """Their labels (6,), of five classes."""
     return torch.tensor([0, 1, 2, 3, 4, 0])
+
+
+@pytest.fixture
+def parameters_behind() -> Callable[..., set[Tensor]]:
+    """The leaves that a backward from these tensors would reach."""
+
+    def find(*tensors: Tensor | None) -> set[Tensor]:
+        seen, found = set(), set()
+        stack = [t.grad_fn for t in tensors if t is not None and t.grad_fn is not None]
+        while stack:
+            node = stack.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            if hasattr(node, "variable"):
+                found.add(node.variable)
+            stack += [upstream for upstream, _ in node.next_functions if upstream is not None]
+        return found
+
+    return find

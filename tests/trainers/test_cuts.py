@@ -28,26 +28,11 @@ NAMES = [
 UNITS = CutSettings(boundaries="units")
 
 
-def parameters_behind(*tensors: Tensor | None) -> set[Tensor]:
-    """The leaves that a backward from these tensors would reach."""
-    seen, found = set(), set()
-    stack = [t.grad_fn for t in tensors if t is not None and t.grad_fn is not None]
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found.add(node.variable)
-        stack += [upstream for upstream, _ in node.next_functions if upstream is not None]
-    return found
-
-
 @pytest.mark.parametrize("boundaries", ["balanced", "units", "layers"])
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("form", ["dense", "factored"])
 def test_no_graph_crosses_a_cut_and_every_parameter_has_a_block(
-    name, form, boundaries, request, images
+    name, form, boundaries, request, images, parameters_behind
 ):
     network = request.getfixturevalue(form)(name)
     cuts = cut(network, images, CutSettings(boundaries=boundaries))
@@ -193,7 +178,7 @@ def test_pooled_features_are_channel_means_over_the_grid(factored, images):
         torch.testing.assert_close(z, h.mean(dim=sides))
 
 
-def test_truncation_after_the_cut_takes_effect(factored, images):
+def test_truncation_after_the_cut_takes_effect(factored, images, parameters_behind):
     network = factored("swin").eval()
     cuts = cut(network, images, CutSettings())
     for layer in factored_layers(network).values():
@@ -211,85 +196,6 @@ def test_one_block_of_activations_is_alive_at_a_time(factored, images):
     with SavedActivations(network) as backprop:
         network(images).sum().backward()
     assert immediate.peak_bytes < backprop.peak_bytes / 4
-
-
-class _Branching(nn.Module):
-    """Its own forward depends on the data, so it cannot be traced."""
-
-    def __init__(self, bypass: bool = False) -> None:
-        super().__init__()
-        self.stem = nn.Linear(12, 12)
-        self.parts = nn.ModuleList(nn.Sequential(nn.Linear(12, 12), nn.ReLU()) for _ in range(3))
-        self.head = nn.Linear(12, 5)
-        self.bypass = bypass
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.stem(x.flatten(1)[:, :12])
-        if h.sum() > 1e9:
-            h = h / 2
-        first = h
-        for part in self.parts:
-            h = part(h)
-        return self.head(h + first if self.bypass else h)
-
-
-def test_an_untraceable_network_is_refused_with_the_way_out(images):
-    with pytest.raises(StiefelError, match=r"_Branching cannot be traced .*blocks"):
-        cut(_Branching(), images, CutSettings())
-
-
-def test_an_untraceable_network_trains_by_the_blocks_the_user_names(images):
-    network = _Branching()
-    cuts = cut(network, images, CutSettings(blocks=("parts.*",)))
-    assert [block.name for block in cuts.blocks] == ["parts.0", "parts.1", "parts.2"]
-    reached = []
-    logits = cuts.run(
-        images, lambda index, roots, logits: reached.append(parameters_behind(*roots, logits))
-    )
-    torch.testing.assert_close(logits, network(images))
-    stem, head = set(network.stem.parameters()), set(network.head.parameters())
-    assert reached[0] == stem | set(network.parts[0].parameters())
-    assert reached[1] == set(network.parts[1].parameters())
-    assert reached[2] == set(network.parts[2].parameters()) | head
-
-
-@pytest.mark.parametrize(
-    ("network", "globs", "message"),
-    [
-        (_Branching(bypass=True), ("parts.*",), "past a named block"),
-        (_Branching(), ("parts", "parts.*"), "must not contain one another"),
-        (_Branching(), ("layers.*",), "no submodule of _Branching matches layers"),
-    ],
-)
-def test_names_that_make_no_blocks_are_refused(network, globs, message, images):
-    with pytest.raises(StiefelError, match=message):
-        cut(network, images, CutSettings(blocks=globs))
-
-
-@pytest.mark.parametrize("other", [{"boundaries": "layers"}, {"layers_per_block": 2}])
-def test_named_blocks_leave_nothing_else_to_say_of_where_to_cut(other, images):
-    with pytest.raises(StiefelError, match=f"so {min(other)} has nothing to say"):
-        cut(_Branching(), images, CutSettings(blocks=("parts.*",), **other))
-    defaults = {name: CutSettings.model_fields[name].default for name in other}
-    assert cut(_Branching(), images, CutSettings(blocks=("parts.*",), **defaults)).blocks
-
-
-class _Opaque(nn.Module):
-    """A network with one submodule that cannot be traced."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.branching = nn.Conv2d(3, 12, 1), _Branching()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.branching(torch.relu(self.first(x)))
-
-
-def test_an_untraceable_submodule_is_taken_whole(images):
-    network = _Opaque()
-    cuts = cut(network, images, CutSettings(boundaries="layers"))
-    assert cuts.traced.opaque == {"branching"}
-    assert [block.layers for block in cuts.blocks] == [("first",), ("branching",)]
 
 
 def test_the_teacher_is_cut_where_the_network_is(dense, factored, images):
@@ -314,10 +220,6 @@ def test_a_teacher_of_another_structure_is_refused(other, dense, factored, image
 def test_blocks_of_a_shared_layer_are_told_apart(factored, images):
     names = [block.name for block in cut(factored("shared"), images, CutSettings()).blocks]
     assert names == ["stem", "twice", "twice:2"]
-    again = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), *[nn.Linear(12, 12)] * 3)
-    named = cut(again, images, CutSettings(blocks=("2",))).blocks
-    assert [block.name for block in named] == ["2", "2:2", "2:3"]
-    assert {block.layers for block in named} == {("2",)}
 
 
 def test_cuts_are_described_as_plain_data(factored, images):

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from trainers.cuts.graph import Traced, in_mode
+from trainers.cuts.graph import Traced
 from trainers.cuts.places import make_segments
 from trainers.cuts.traced import TracedCuts
+from trainers.looking import in_mode, undisturbed
 
 
 def balanced_ends(
@@ -72,8 +73,7 @@ class _Saved:
     def __init__(self, network: nn.Module, cuts: TracedCuts, x: Tensor) -> None:
         # Norms keep their statistics as they are; dropout drops, since its masks are saved too.
         dropouts = [m for m in network.modules() if isinstance(m, _DropoutNd)]
-        devices = [x.device] if x.device.type == "cuda" else []
-        with in_mode(network, False), torch.enable_grad(), torch.random.fork_rng(devices):
+        with undisturbed(network), in_mode(network, False), torch.enable_grad():
             for module in dropouts:
                 module.train()
             self._alone = self._storages(cuts, x, detached=True)

@@ -1,7 +1,6 @@
 """A network as a `torch.fx` graph, with what each node yields on an example."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import random
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from converter.attention import FactoredAttention
 from converter.errors import StiefelError, first_line
 from converter.factors import Factored, FactoredWeight
+from trainers.looking import in_mode, undisturbed
 
 ATTENTION = (nn.MultiheadAttention, FactoredAttention)
 # Taken whole; norms and dropout, and what derives from them, so that they follow their mode.
@@ -45,9 +45,10 @@ def trace(
 ) -> Traced:
     """Trace `network` as it runs in training (or evaluation) mode.
 
-    A submodule whose forward cannot be traced, or which reads a factored layer's `.weight`, is
-    taken whole; the innermost such module is. What functions are told of `self.training` is fixed
-    here: `F.dropout` stays as it is in this mode.
+    A submodule whose forward cannot be traced, which draws at random or keeps something of its
+    batch outside the graph, or which reads a factored layer's `.weight`, is taken whole; the
+    innermost such module is. What functions are told of `self.training` is fixed here: `F.dropout`
+    stays as it is in this mode; so are the defaults of all arguments but the images.
 
     Args:
         network: left as it was, training mode included.
@@ -58,14 +59,14 @@ def trace(
     Raises:
         StiefelError: the network's own forward, outside every submodule, cannot be traced.
     """
-    with in_mode(network, training):
+    with undisturbed(network), in_mode(network, training):
         tracer, graph = _trace(network, opaque)
     # Constants that the tracer left on the network belong to the graph alone.
     module = fx.GraphModule(network, graph)
     for name in tracer.tensor_attrs.values():
         if name.startswith("_tensor_constant"):
             network.__dict__.pop(name, None)
-    with in_mode(network, False), torch.no_grad():
+    with undisturbed(network), in_mode(network, False), torch.no_grad():
         # Three images: dimensions of size three are rare, so the batch's can be told from others.
         images = example[:1].expand(3, *example.shape[1:]).contiguous()
         recorder = _Recorder(module)
@@ -100,20 +101,54 @@ class _Tracer(fx.Tracer):
         whole = isinstance(m, WHOLE) or module_qualified_name in self.opaque
         return whole or super().is_leaf_module(m, module_qualified_name)
 
+    def trace(self, root: nn.Module) -> fx.Graph:
+        before = _kept_by(root)
+        graph = super().trace(root)
+        _check_pure(root, before)
+        return graph
+
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        try:
+        name = self.path_of_module(m)
+        if self.is_leaf_module(m, name):
             return super().call_module(m, forward, args, kwargs)
+        before = _kept_by(m)
+        try:
+            result = super().call_module(m, forward, args, kwargs)
+            _check_pure(m, before)
         except Exception:
-            name = self.path_of_module(m)
-            if self.culprit is None and not self.is_leaf_module(m, name):
-                self.culprit = name
+            self.culprit = self.culprit or name
             raise
+        return result
+
+    def create_proxy(
+        self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any
+    ) -> Any:
+        if kind != "placeholder" or not len(self.graph.nodes):
+            return super().create_proxy(kind, target, args, kwargs, *rest, **more)
+        # Only the images vary.
+        if target.startswith("*"):
+            return {} if target.startswith("**") else ()
+        if not args:
+            raise TypeError(f"its forward needs '{target}' beside the images")
+        return args[0]
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, FactoredWeight):
             # Traced through, the graph would hold on to factors that truncation replaces.
             raise TypeError("a factored weight is read outside its layer")
         return super().create_arg(a)
+
+
+def _kept_by(module: nn.Module) -> tuple[Any, ...]:
+    """What a forward changes that draws at random, or keeps something of its batch in a buffer."""
+    buffers = [(id(buffer), buffer._version) for buffer in module.buffers()]
+    return torch.get_rng_state().numpy().tobytes(), random.getstate(), buffers
+
+
+def _check_pure(module: nn.Module, before: tuple[Any, ...]) -> None:
+    # The graph would repeat this one draw for ever, and never keep anything again.
+    if _kept_by(module) != before:
+        raise TypeError("its forward draws at random, or changes a buffer")
 
 
 class _Recorder(fx.Interpreter):
@@ -165,18 +200,6 @@ def _read_what_was_written(graph: fx.Graph, recorder: _Recorder) -> None:
             written.replace_all_uses_with(node, lambda user, at=order[node]: order[user] > at)
 
 
-@contextmanager
-def in_mode(network: nn.Module, training: bool) -> Iterator[None]:
-    """Put every submodule in training or evaluation mode, and each back as it was."""
-    before = [(m, m.training) for m in network.modules()]
-    network.train(training)
-    try:
-        yield
-    finally:
-        for module, was in before:
-            module.training = was
-
-
 def weighted_layers(module: nn.Module) -> int:
     """How many layers that mix channels are in this module; an attention counts once.
 
@@ -206,6 +229,13 @@ def constant_nodes(nodes: list[fx.Node]) -> set[fx.Node]:
         if node.op != "placeholder" and all(n in fixed for n in node.all_input_nodes):
             fixed.add(node)
     return fixed
+
+
+def attributes_behind(node: fx.Node) -> list[fx.Node]:
+    """The parameters and buffers that a constant node is made from."""
+    if node.op == "get_attr":
+        return [node]
+    return [found for before in node.all_input_nodes for found in attributes_behind(before)]
 
 
 def live_nodes(graph: fx.Graph) -> list[list[fx.Node]]:

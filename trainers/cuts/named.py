@@ -1,6 +1,6 @@
 """Cuts for networks that cannot be traced: the user names the submodules that are the blocks."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from converter.errors import StiefelError
-from trainers.cuts.blocks import Block, Root, Visit, logits_of, make_root
-from trainers.cuts.graph import in_mode
+from trainers.cuts.blocks import Block, Visit, logits_of, make_root
 from trainers.cuts.places import told_apart
+from trainers.looking import in_mode, undisturbed
 
 
 class NamedCuts:
@@ -50,8 +50,7 @@ class NamedCuts:
             visit(index, roots, None)
             return self._handed_on(index, output)
 
-        with self._hooked(leave):
-            logits = logits_of(self._network(self._own(x)))
+        logits = self._forward(x, leave)
         visit(last, held.pop(), logits)
         return logits.detach()
 
@@ -63,30 +62,38 @@ class NamedCuts:
             kept.append(_roots(output))
             return self._handed_on(index, output)
 
-        with self._hooked(leave):
-            logits = logits_of(self._network(self._own(x)))
+        logits = self._forward(x, leave)
         for index, roots in enumerate(kept):
             yield roots, logits if index == len(kept) - 1 else None
-
-    def _own(self, x: Tensor) -> Tensor:
-        """The images for one forward: a copy if they will be written into."""
-        return x.clone() if self._overwrites_image else x
 
     def _handed_on(self, index: int, output: Any) -> Any:
         """What the network goes on with: detached, and a copy where it will be written into."""
         copied = index in self._overwritten
         return tree_map_only(Tensor, lambda t: t.detach().clone() if copied else t.detach(), output)
 
+    def _forward(self, x: Tensor, leave: Callable[[int, Any], Any]) -> Tensor:
+        """The logits; what the i-th block yields is exchanged for `leave(i, …)`."""
+        left = iter(range(len(self._calls)))
+
+        def hook(name: str, output: Any) -> Any:
+            index = next(left, None)
+            if index is None or self._calls[index] != name:
+                raise _not_the_same(name)
+            return leave(index, output)
+
+        with self._hooked(hook):
+            logits = logits_of(self._network(x.clone() if self._overwrites_image else x))
+        if (index := next(left, None)) is not None:
+            raise _not_the_same(self._calls[index])
+        return logits
+
     @contextmanager
-    def _hooked(self, leave) -> Iterator[None]:
-        count = 0
-
-        def hook(module: nn.Module, arguments: Any, output: Any) -> Any:
-            nonlocal count
-            count += 1
-            return leave(count - 1, output)
-
-        handles = [module.register_forward_hook(hook) for module in self._named.values()]
+    def _hooked(self, hook: Callable[[str, Any], Any]) -> Iterator[None]:
+        """Meanwhile what a named module yields is exchanged for `hook(name, …)`."""
+        handles = [
+            module.register_forward_hook(lambda m, i, output, name=name: hook(name, output))
+            for name, module in self._named.items()
+        ]
         try:
             yield
         finally:
@@ -96,25 +103,20 @@ class NamedCuts:
     def _probe(self, example: Tensor) -> tuple[Block, ...]:
         """Run once: the order of the blocks, their roots, and that nothing bypasses them."""
         images = example[:1].expand(3, *example.shape[1:]).contiguous()
-        names = {id(module): name for name, module in self._named.items()}
-        roots: list[tuple[Root, ...]] = []
+        made: list[tuple[Tensor, ...]] = []
         handed: list[list[tuple[Tensor, int]]] = []  # what left each block, and its version then
         seen: set[Any] = set()
 
-        def hook(module: nn.Module, arguments: Any, output: Any) -> Any:
-            name = names[id(module)]
+        def hook(name: str, output: Any) -> Any:
             values = _roots(output)
-            if not values:
+            if not values or any(value.shape[0] != len(images) for value in values):
+                shapes = ", ".join(str(tuple(value.shape)) for value in values) or "nothing"
                 raise StiefelError(
-                    f"block '{name}' returns no float tensor with the batch in front"
+                    f"block '{name}' returns {shapes} of {len(images)} images, not float tensors "
+                    "with the batch in front: name a module around it that does"
                 )
             self._calls.append(name)
-            roots.append(
-                tuple(
-                    make_root(f"{name}:{i}", value.shape, images.shape)
-                    for i, value in enumerate(values)
-                )
-            )
+            made.append(values)
             graph = _graph(values)
             if graph & seen:
                 raise StiefelError(
@@ -126,13 +128,9 @@ class NamedCuts:
             return tree_map_only(Tensor, Tensor.detach, output)
 
         version = images._version
-        with in_mode(self._network, False), torch.enable_grad():
-            handles = [module.register_forward_hook(hook) for module in self._named.values()]
-            try:
-                output = logits_of(self._network(images))
-            finally:
-                for handle in handles:
-                    handle.remove()
+        network = self._network
+        with undisturbed(network), in_mode(network, False), torch.enable_grad(), self._hooked(hook):
+            output = logits_of(network(images))
         self._overwrites_image = images._version != version
         self._overwritten = {
             index
@@ -144,10 +142,39 @@ class NamedCuts:
                 "a tensor reaches the output past a named block: name blocks that everything "
                 "flows through"
             )
+        ends = [*made[:-1], (*made[-1], output)]
         return tuple(
-            Block(name, (call,), root, self._named[call])
-            for name, call, root in zip(told_apart(self._calls), self._calls, roots, strict=True)
+            Block(
+                name,
+                (call,),
+                tuple(
+                    make_root(f"{name}:{i}", value.shape, images.shape)
+                    for i, value in enumerate(values)
+                ),
+                self._trained(self._named[call], end),
+            )
+            for name, call, values, end in zip(
+                told_apart(self._calls), self._calls, made, ends, strict=True
+            )
         )
+
+    def _trained(self, named: nn.Module, values: tuple[Tensor, ...]) -> nn.Module:
+        """The modules behind these values of a block: the named one's, and what runs beside it."""
+        leaves = {id(getattr(node, "variable", None)) for node in _graph(values, leaves=True)}
+        own = {id(module) for module in named.modules()}
+        return nn.ModuleList(
+            module
+            for module in self._network.modules()
+            if id(module) in own
+            or any(id(parameter) in leaves for parameter in module.parameters(recurse=False))
+        )
+
+
+def _not_the_same(name: str) -> StiefelError:
+    return StiefelError(
+        f"block '{name}' runs in one forward and not in another: name blocks that all run, in the "
+        "same order, every time"
+    )
 
 
 def _roots(output: Any) -> tuple[Tensor, ...]:
@@ -158,13 +185,13 @@ def _roots(output: Any) -> tuple[Tensor, ...]:
     )
 
 
-def _graph(roots: tuple[Tensor, ...]) -> set[Any]:
-    """Every function node behind the roots but the leaves, which shared layers may share."""
+def _graph(roots: tuple[Tensor, ...], leaves: bool = False) -> set[Any]:
+    """Every function node behind the roots; without leaves, which shared layers may share."""
     found: set[Any] = set()
     stack = [root.grad_fn for root in roots if root.grad_fn is not None]
     while stack:
         node = stack.pop()
-        if node in found or type(node).__name__ == "AccumulateGrad":
+        if node in found or (type(node).__name__ == "AccumulateGrad" and not leaves):
             continue
         found.add(node)
         stack += [upstream for upstream, _ in node.next_functions if upstream is not None]

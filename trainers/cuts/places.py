@@ -9,7 +9,15 @@ import torch
 from torch import Tensor, fx
 
 from trainers.cuts.blocks import CutSettings
-from trainers.cuts.graph import Traced, body, is_float, live_nodes, weighted_layers
+from trainers.cuts.graph import (
+    Traced,
+    attributes_behind,
+    body,
+    constant_nodes,
+    is_float,
+    live_nodes,
+    weighted_layers,
+)
 
 # A unit without an inner single-tensor place (a DenseNet's dense block) is cut all the same when
 # it holds more layers than the largest residual or inception unit has.
@@ -103,26 +111,16 @@ def _can_cut(values: list[object]) -> bool:
     return True
 
 
-def _weighted(node: fx.Node, traced: Traced) -> int:
-    """How many layers that mix channels this node runs."""
-    if node.op == "call_module":
-        return weighted_layers(traced.module.get_submodule(node.target))
-    # A function that takes layers' weights, as Swin's attention does, counts as one layer.
-    return int(bool(_weights(node)))
-
-
-def _weights(node: fx.Node) -> list[str]:
-    """Names of the weights of layers that a function takes as arguments."""
-    if node.op != "call_function":
-        return []
-    names = [str(n.target) for n in node.all_input_nodes if n.op == "get_attr"]
-    return [name for name in names if name.endswith(".weight")]
-
-
-def _layer_name(node: fx.Node) -> str:
-    if node.op == "call_module":
-        return str(node.target)
-    return _common_module(tuple(name.removesuffix(".weight") for name in _weights(node)))
+def _used(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that the output depends on."""
+    used: set[fx.Node] = set()
+    stack = [node for node in graph.nodes if node.op == "output"]
+    while stack:
+        node = stack.pop()
+        if node not in used:
+            used.add(node)
+            stack += node.all_input_nodes
+    return used
 
 
 class _Places:
@@ -131,7 +129,8 @@ class _Places:
     def __init__(self, traced: Traced) -> None:
         self.nodes = body(traced.graph)
         self.values = traced.values
-        self.layers = [_weighted(node, traced) for node in self.nodes]
+        self._fixed, self._used = constant_nodes(self.nodes), _used(traced.graph)
+        self.layers = [self._weighted(node, traced) for node in self.nodes]
         live = live_nodes(traced.graph)
         self.width = [sum(is_float(self.values[n]) for n in now) for now in live]
         self.able = [_can_cut([self.values[n] for n in now]) for now in live]
@@ -149,13 +148,36 @@ class _Places:
                 if any(order.get(user, len(self)) > order[writer] for user in node.users):
                     yield from range(order[node], order[writer])
 
+    def _weighted(self, node: fx.Node, traced: Traced) -> int:
+        """How many layers that mix channels this node runs; none where nothing comes of it."""
+        if node not in self._used:
+            return 0
+        if node.op == "call_module":
+            return weighted_layers(traced.module.get_submodule(node.target))
+        # A function that takes layers' weights, as Swin's attention does, counts as one layer.
+        return int(bool(self._weights(node)))
+
+    def _weights(self, node: fx.Node) -> list[str]:
+        """Names of the layers' weights that a function takes, as they are or standardised."""
+        if node.op != "call_function" or node in self._fixed:
+            return []
+        arguments = [n for n in node.all_input_nodes if n in self._fixed]
+        names = [str(a.target) for n in arguments for a in attributes_behind(n)]
+        return [name for name in dict.fromkeys(names) if name.endswith(".weight")]
+
+    def _name(self, node: fx.Node) -> str:
+        if node.op == "call_module":
+            return str(node.target)
+        weights = self._weights(node)
+        return _common_module(tuple(name.removesuffix(".weight") for name in weights))
+
     def count(self, start: int, end: int) -> int:
         """Weighted layers in start..end-1."""
         return sum(self.layers[start:end])
 
     def names(self, start: int, end: int) -> tuple[str, ...]:
         """Names of the weighted layers in start..end-1."""
-        names = [_layer_name(self.nodes[i]) for i in range(start, end) if self.layers[i]]
+        names = [self._name(self.nodes[i]) for i in range(start, end) if self.layers[i]]
         return tuple(dict.fromkeys(names))
 
     def follows(self, place: int) -> bool:

@@ -6,7 +6,14 @@ from torch import Tensor, fx
 
 from converter.errors import StiefelError
 from trainers.cuts.blocks import Block, Visit, make_root
-from trainers.cuts.graph import Traced, body, constant_nodes, is_float, live_nodes
+from trainers.cuts.graph import (
+    Traced,
+    attributes_behind,
+    body,
+    constant_nodes,
+    is_float,
+    live_nodes,
+)
 from trainers.cuts.places import Segment
 from trainers.cuts.walk import Part, Walk
 
@@ -105,7 +112,7 @@ def _split(
         else:
             rooted = [n for n in passed if is_float(traced.values[n])]
         made = list(dict.fromkeys([*passed, *rooted]))
-        trained = _trained(mine, traced)
+        trained = _trained(mine, fixed, traced)
         rooted = [n for n in rooted if n in trained]
         written = set().union(*(traced.writes[n] for n in mine))
         given, graph = _subgraph(mine, fixed, made, output if last else None)
@@ -124,12 +131,12 @@ def _split(
     return parts
 
 
-def _trained(nodes: list[fx.Node], traced: Traced) -> set[fx.Node]:
+def _trained(nodes: list[fx.Node], fixed: set[fx.Node], traced: Traced) -> set[fx.Node]:
     """The nodes that depend on a parameter of this block: only they are worth a local loss."""
     trained: set[fx.Node] = set()
     for node in nodes:
         if _parametric([node], traced) or any(
-            n in trained or n.op == "get_attr" for n in node.all_input_nodes
+            n in trained or (n in fixed and attributes_behind(n)) for n in node.all_input_nodes
         ):
             trained.add(node)
     return trained

@@ -8,6 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from converter.settings import Settings
+from trainers.cuts.blocks import logits_of
 from trainers.rules.interface import StepResult
 
 
@@ -45,7 +46,7 @@ class Backpropagation:
         label_smoothing: float = 0.0,
     ) -> StepResult:
         """See `Rule.step`."""
-        logits = network(x)
+        logits = logits_of(network(x))
         loss = F.cross_entropy(logits, y, label_smoothing=label_smoothing)
         (loss * scale).backward()
         return StepResult(loss.detach(), logits.detach())

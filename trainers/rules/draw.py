@@ -5,8 +5,8 @@ from torch import Tensor, nn
 
 from converter.decompose import Factors
 from trainers.cuts import Cuts, Root
-from trainers.cuts.graph import in_mode
 from trainers.feedback import KolenPollack, StructuredFeedback, fitted_factors, random_factors
+from trainers.looking import in_mode, undisturbed
 from trainers.readout import Features, HiddenLayers
 from trainers.rules.local import block_rank, choose_views
 from trainers.rules.settings import SSA
@@ -73,7 +73,7 @@ def _fit(
             pairs = zip(views[index], roots, strict=True)
             found.extend(view.to(h.device)(h).cpu() for view, h in pairs)
 
-    with in_mode(network, False), torch.no_grad():
+    with undisturbed(network), in_mode(network, False), torch.no_grad():
         logits = cuts.run(example, visit)
     return [fitted_factors(z, logits.cpu(), num_classes) for z in found]
 

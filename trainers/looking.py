@@ -1,0 +1,39 @@
+"""Running a network for a look at it: afterwards it is as it was."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def in_mode(network: nn.Module, training: bool) -> Iterator[None]:
+    """Put every submodule in training or evaluation mode, and each back as it was."""
+    before = [(m, m.training) for m in network.modules()]
+    network.train(training)
+    try:
+        yield
+    finally:
+        for module, was in before:
+            module.training = was
+
+
+@contextmanager
+def undisturbed(*networks: nn.Module) -> Iterator[None]:
+    """Afterwards their buffers are as they were, and so are the random numbers to come."""
+    modules = [module for network in networks for module in network.modules()]
+    buffers = [(m, name, b) for m in modules for name, b in m.named_buffers(recurse=False)]
+    before = [buffer.clone() for _, _, buffer in buffers]
+    devices = {p.device for n in networks for p in n.parameters() if p.device.type == "cuda"}
+    numbers = random.getstate()
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            random.setstate(numbers)
+            with torch.no_grad():
+                for (module, name, buffer), value in zip(buffers, before, strict=True):
+                    buffer.copy_(value)
+                    setattr(module, name, buffer)  # a forward may have put another in its place
