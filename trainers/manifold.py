@@ -26,6 +26,15 @@ _DRIFT = 1e-3
 _FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
 
 
+def tied_layers(model: nn.Module) -> dict[str, list[Factored]]:
+    """The factored layers that share U, S and V, under the name of the first; most are alone."""
+    found: dict[tuple[int, ...], tuple[str, list[Factored]]] = {}
+    for name, layer in factored_layers(model).items():
+        key = tuple(id(factor) for factor in layer.factors())
+        found.setdefault(key, (name, []))[1].append(layer)
+    return dict(found.values())
+
+
 def departure(U: Tensor) -> Tensor:
     """‖UᵀU − I‖_F of U (..., m, r): how far the columns are from orthonormal, (...)."""
     return torch.linalg.matrix_norm(_gram(U) - _identity(U))
@@ -114,13 +123,18 @@ class Manifold:
 
 
 @torch.no_grad()
-def truncate_(layer: Factored, rank: int, optimizer: Optimizer | None = None) -> float:
+def truncate_(
+    layer: Factored, rank: int, optimizer: Optimizer | None = None, tied: Iterable[Factored] = ()
+) -> float:
     """Keep the `rank` directions with the largest S, in U, S, V and in the optimizer's state.
 
     While U and V are orthonormal, S holds the singular values whatever training did to it, and the
     dropped directions cost exactly their energy. Where they have drifted, the layer is first
     brought back to its SVD, unchanged as a function, and the moments with it; see `rediagonalise`.
     Grouped layers keep the same directions in every group, by energy summed over the groups.
+
+    Args:
+        tied: layers that share the layer's factors; they share the new ones.
 
     Returns:
         ‖W − W'‖_F / ‖W‖_F, the share that was dropped, 0..1.
@@ -136,6 +150,8 @@ def truncate_(layer: Factored, rank: int, optimizer: Optimizer | None = None) ->
     keep = energy.argsort(descending=True, stable=True)[:rank]
     before = layer.factors()
     layer.truncate_(keep)
+    for other in tied:
+        other.U, other.S, other.V = layer.factors()
     if optimizer is not None:
         for old, new in zip(before, layer.factors(), strict=True):
             _hand_over(old, new, keep, optimizer)

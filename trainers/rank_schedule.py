@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from converter.cost import count_parameters
 from converter.errors import StiefelError
-from converter.factors import factored_layers
 from converter.ranks import Budget, Energy, Policy, parse_rank, policy_rank
 from converter.settings import Settings
-from trainers.manifold import direction_energies
+from trainers.manifold import direction_energies, tied_layers
 
 
 class RankSchedule(Settings):
@@ -105,7 +104,7 @@ class LayerRank:
 
 @dataclass(frozen=True)
 class ModelRanks:
-    """Every factored layer by name, and the parameters of all the rest."""
+    """Every factored layer by name, tied ones once, and the parameters of all the rest."""
 
     layers: Mapping[str, LayerRank]
     rest: int
@@ -127,7 +126,7 @@ class ModelRanks:
 def look(model: nn.Module) -> ModelRanks:
     """What the schedule needs to know of a model; reads S from the device."""
     layers = {}
-    for name, layer in factored_layers(model).items():
+    for name, (layer, *_) in tied_layers(model).items():
         groups = layer.S.numel() // layer.rank
         m, n = layer.matrix_shape
         energies = direction_energies(layer).cpu().sort(descending=True).values

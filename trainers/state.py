@@ -12,6 +12,7 @@ from converter.checkpoints import save_factored
 from converter.errors import StiefelError
 from converter.factors import factored_layers
 from converter.files import atomic_path, write_text
+from trainers.manifold import tied_layers, truncate_
 
 FORMAT = "stiefel training state 3"
 # What may differ between a run and its continuation: nothing that changes the result on a CPU.
@@ -118,10 +119,9 @@ def restore(
             f"{path} holds the read-outs of other blocks than this model's: resume with the model "
             "as it was when the run began, on the same kind of device"
         ) from error
-    layers = factored_layers(network)
-    for name, rank in ranks.items():
-        if rank < layers[name].rank:
-            layers[name].truncate_(torch.arange(rank))
+    for name, (layer, *tied) in tied_layers(network).items():
+        if ranks.get(name, layer.rank) < layer.rank:
+            truncate_(layer, ranks[name], tied=tied)
     network.load_state_dict(kept["network"])
 
 

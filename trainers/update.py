@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from converter.factors import factored_layers
 from trainers.distributed import GradientAverage, World
-from trainers.manifold import RETRACTIONS, Manifold, truncate_
+from trainers.manifold import RETRACTIONS, Manifold, tied_layers, truncate_
 from trainers.optim import build_optimizer, learning_rate
 from trainers.settings import TrainSettings
 
@@ -69,13 +68,18 @@ class Update:
             self._manifold.retract_(self._retraction, optimizer)
 
     def truncate(self, ranks: Mapping[str, int]) -> bool:
-        """Lower the layers' ranks to `ranks`, the optimizer's state along; whether any fell."""
-        layers = factored_layers(self._network)
-        falling = {name: rank for name, rank in ranks.items() if rank < layers[name].rank}
+        """Lower the layers' ranks to `ranks`, the optimizer's state along; whether any fell.
+
+        Args:
+            ranks: by name; that of tied layers under the first one's, as `tied_layers` has it.
+        """
+        layers = tied_layers(self._network)
+        falling = {name: rank for name, rank in ranks.items() if rank < layers[name][0].rank}
         if falling and self._settings.retract_every:
             self._manifold.retract_(self._retraction, self._optimizer)
         for name, rank in falling.items():
-            truncate_(layers[name], rank, self._optimizer)
+            layer, *tied = layers[name]
+            truncate_(layer, rank, self._optimizer, tied)
         if falling:
             self._average.remove()
             self._hold_parameters()

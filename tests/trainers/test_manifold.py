@@ -130,13 +130,14 @@ def test_batched_retraction_equals_each_layer_on_its_own(name):
         torch.testing.assert_close(have, want, atol=1e-12, rtol=0)
 
 
-def test_a_shared_or_frozen_layer_is_retracted_once_or_not_at_all():
+def test_a_shared_tied_or_frozen_layer_is_retracted_once_or_not_at_all():
     shared, frozen = linear(6, 6, 3), linear(6, 6, 3, 5)
+    tied = FactoredLinear(*shared.factors())
     frozen.requires_grad_(False)
     for p in (*shared.parameters(), *frozen.parameters()):
         p.data *= 1.1
     once, untouched = newton_schulz(shared.U.detach()), frozen.U.clone()
-    Manifold(nn.Sequential(shared, shared, frozen)).retract_(newton_schulz)
+    Manifold(nn.Sequential(shared, shared, tied, frozen)).retract_(newton_schulz)
     torch.testing.assert_close(shared.U.detach(), once)
     torch.testing.assert_close(frozen.U.detach(), untouched, atol=0, rtol=0)
 
