@@ -9,6 +9,7 @@ from converter.factors import factored_layers
 from converter.specs import spec_of
 from trainers.data import Data, epoch_order
 from trainers.image_set import reading
+from trainers.manifold import tied_layers
 from trainers.rules import SSA, RuleSettings
 
 
@@ -120,6 +121,22 @@ def check_factored(network: nn.Module, rule: RuleSettings) -> None:
             "the model has no factored layer to train with rule ssa; convert it first, or use "
             "rule bp or dfa"
         )
+
+
+def check_ties(network: nn.Module) -> None:
+    """Refuse layers of which some factors are shared: the rank of none can fall alone.
+
+    Raises:
+        StiefelError: names two layers that share one or two of U, S and V.
+    """
+    owners: dict[int, str] = {}
+    for name, (layer, *_) in tied_layers(network).items():
+        for factor in layer.factors():
+            if (owner := owners.setdefault(id(factor), name)) != name:
+                raise StiefelError(
+                    f"ranks: layers {owner} and {name} share some of U, S and V, so neither's rank "
+                    "can fall: let them share all three or none, or leave ranks out"
+                )
 
 
 def check_batch_norm(network: nn.Module, images: int) -> None:

@@ -129,6 +129,8 @@ class _Training:
             checks.check_batch_norm(network, self.part)
         model = look(network)
         check_schedule(settings.ranks, settings.epochs, model)
+        if settings.ranks.active:
+            checks.check_ties(network)
         self.first_ranks = model.ranks()
         kept = self._kept() if resume else None
 

@@ -6,6 +6,8 @@ from torch import Tensor, nn
 
 from converter.convert import convert, plan
 from converter.cost import count_parameters
+from converter.errors import StiefelError
+from converter.factors import FactoredLinear
 from trainers.data import Data, load_data
 from trainers.rank_schedule import RankSchedule, look
 from trainers.rules import BP, SSA
@@ -112,3 +114,11 @@ def test_a_parameter_budget_counts_tied_layers_once(data):
     room = 0.5 * count_parameters(dense) - count_parameters(model)
     # Less is left than one more direction of the smallest layer would take.
     assert 0 <= room < min(layer.cost for layer in found.layers.values())
+
+
+def test_layers_that_share_some_factors_only_are_refused_where_ranks_are_to_fall(data):
+    model = factored()
+    model.two = FactoredLinear(model.one.U, model.two.S.detach().clone(), model.one.V)
+    with pytest.raises(StiefelError, match="layers one and two share some of U, S and V"):
+        train_local(model, data, rule=BP(), settings=settings())
+    train_local(model, data, rule=BP(), settings=settings(ranks=RankSchedule(), epochs=1))
