@@ -12,9 +12,10 @@ from converter.checkpoints import save_factored
 from converter.errors import StiefelError
 from converter.factors import factored_layers
 from converter.files import atomic_path, write_text
+from trainers.data import Data
 from trainers.manifold import tied_layers, truncate_
 
-FORMAT = "stiefel training state 3"
+FORMAT = "stiefel training state 4"
 # What may differ between a run and its continuation: nothing that changes the result on a CPU.
 _FREE = {
     "device",
@@ -100,6 +101,40 @@ def check_same(kept: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> N
                 f"{path} was begun with {key}={kept.get(key)}, not {now.get(key)}; "
                 "resume with the same settings, or choose another folder"
             )
+
+
+def materials(data: Data, teacher: nn.Module | None) -> dict[str, Any]:
+    """What tells data and teacher from others that would train otherwise, as plain data."""
+    return {
+        "teacher": teacher is not None,
+        "images": len(data.train),
+        "classes": [str(name) for name in data.classes],
+    }
+
+
+def check_materials(kept: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
+    """Refuse to go on with other `materials` than the run began with.
+
+    Raises:
+        StiefelError: names the first that differs.
+    """
+    for begun, here in zip(_described(kept), _described(now), strict=False):
+        if begun != here:
+            raise StiefelError(
+                f"{path} was begun {begun}, not {here}; resume as it was begun, or choose another "
+                "folder"
+            )
+
+
+def _described(materials: Mapping[str, Any]) -> list[str]:
+    """In words, the number of classes before their names, which are then equally many."""
+    classes = materials["classes"]
+    return [
+        "with a teacher" if materials["teacher"] else "without a teacher",
+        f"with {materials['images']} training images",
+        f"with {len(classes)} classes",
+        *(f"with class {label} named '{name}'" for label, name in enumerate(classes)),
+    ]
 
 
 def restore(

@@ -26,7 +26,7 @@ from trainers.randomness import random_state, repeatable, restore_random_state
 from trainers.rank_schedule import check_schedule, look, lowered
 from trainers.rules import SSA, RuleSettings, make_rule
 from trainers.settings import TrainSettings
-from trainers.state import RunFolder, check_same, restore
+from trainers.state import RunFolder, check_materials, check_same, materials, restore
 from trainers.update import Update
 
 __all__ = ["History", "TrainSettings", "train_local"]
@@ -57,7 +57,8 @@ def train_local(
         teacher: the dense original, for local distillation; it is put in eval mode and frozen.
         out: folder for `log.jsonl`, `diagnostics.jsonl`, `last.safetensors`, `best.safetensors` and
             `state.pt`; without one nothing is kept but the model itself.
-        resume: go on with the run in `out`; its weights replace the model's.
+        resume: go on with the run in `out`, with what it began with; its weights replace the
+            model's.
         progress: called every `log_every` steps with epoch, epochs, step, steps, loss, accuracy,
             rank, images_per_s and eta_s, and after each epoch with its record, epochs, and
             epoch_done=True.
@@ -132,6 +133,7 @@ class _Training:
         if settings.ranks.active:
             checks.check_ties(network)
         self.first_ranks = model.ranks()
+        self.materials = materials(self.data, teacher)
         kept = self._kept() if resume else None
 
         channels_last = settings.memory_format == "channels_last" or (
@@ -342,12 +344,13 @@ class _Training:
             "finished": self._finished(),
             "settings": self.settings.model_dump(mode="json"),
             "rule_settings": self.rule_settings.model_dump(mode="json"),
+            "materials": self.materials,
             "random": random,
         }
         self.folder.write(self.network, {**place, **parts, **rest}, best=best)
 
     def _kept(self) -> dict[str, Any]:
-        """The state of the run to resume, of the same settings.
+        """The state of the run to resume, of the same settings, data and sort of teacher.
 
         Raises:
             StiefelError: there is none, or it is another's.
@@ -357,6 +360,7 @@ class _Training:
         kept, path = self.folder.read(), self.folder.path
         check_same(kept["settings"], self.settings.model_dump(mode="json"), path)
         check_same(kept["rule_settings"], self.rule_settings.model_dump(mode="json"), path)
+        check_materials(kept["materials"], self.materials, path)
         return kept
 
     def _restore(self, kept: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ import signal
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import Subset
 
 from converter.checkpoints import load_factored
 from converter.convert import convert, plan
@@ -236,6 +237,48 @@ def test_resuming_something_else_is_one_clear_error(interrupted, data, model, ch
     with pytest.raises(StiefelError, match=says):
         train_local(model(), data, resume=True, **rest)
     assert (interrupted / "state.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"teacher": False}, "begun with a teacher, not without a teacher; resume as it was begun"),
+        ({"images": 16}, "begun with 80 training images, not with 16 training images; resume as"),
+        ({"images": 96}, "begun with 80 training images, not with 96 training images; resume as"),
+        ({"classes": tuple("0123456789a")}, "begun with 10 classes, not with 11 classes; resume"),
+        ({"classes": tuple("0123456798")}, "begun with class 8 named '8', not with class 8 named"),
+    ],
+)
+def test_resuming_with_other_data_or_without_the_teacher_is_one_clear_error(
+    change, says, data, tmp_path
+):
+    def go_on(teacher=True, images=80, classes=data.classes, **rest):
+        dense = network(factored=False) if teacher else None
+        chosen = Data(Subset(data.train, range(images)), data.test, classes, data.name)
+        rest = {"rule": SSA(feedback="fixed"), "settings": settings(), "out": tmp_path, **rest}
+        return train_local(network(), chosen, teacher=dense, **rest)
+
+    go_on(progress=InterruptAt(1, 2))
+    before = (tmp_path / "state.pt").read_bytes()
+    with pytest.raises(StiefelError, match=says) as refused:
+        go_on(resume=True, **change)
+    assert "\n" not in str(refused.value)
+    assert (tmp_path / "state.pt").read_bytes() == before
+    assert not go_on(resume=True).interrupted
+
+
+def test_a_run_without_a_teacher_is_not_gone_on_with_one(interrupted, data):
+    rest = {"settings": settings(), "out": interrupted, "resume": True}
+    with pytest.raises(StiefelError, match="begun without a teacher, not with a teacher; resume"):
+        train_local(network(), data, teacher=network(factored=False), **rest)
+
+
+def test_the_state_of_an_earlier_version_is_refused_in_one_line(interrupted, data):
+    kept = torch.load(interrupted / "state.pt")
+    del kept["materials"]
+    torch.save({**kept, "format": "stiefel training state 3"}, interrupted / "state.pt")
+    with pytest.raises(StiefelError, match="is no training state of this version"):
+        train_local(network(), data, settings=settings(), out=interrupted, resume=True)
 
 
 def test_an_interrupted_run_is_not_thrown_away_by_starting_anew(interrupted, data):
