@@ -164,6 +164,9 @@ def fitted_factors(
         logits: (N, C), of which the mean over classes is left out.
         rank: k.
         ridge: relative to the mean variance of the features, summed over the batch.
+
+    Returns:
+        B, next to 0 where the features are the same for all images, and b, then the mean logits.
     """
     z, logits = z.float(), logits.float()
     logits = logits - logits.mean(dim=1, keepdim=True)
@@ -171,7 +174,9 @@ def fitted_factors(
     zc, lc = z - z_mean, logits - logits_mean
     # The dual form: N is often smaller than D.
     gram = zc @ zc.mT
-    scale = gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
+    # Below this the features vary by rounding alone, or not at all: nothing is to be read from it.
+    least = torch.finfo(gram.dtype).eps * z.square().sum(dim=1).mean().clamp_min(1e-20)
+    scale = gram.diagonal().mean().clamp_min(least)
     gram = gram + ridge * len(z) * scale * torch.eye(len(z), device=z.device)
     B = zc.mT @ torch.linalg.solve(gram, lc)
     U, S, Vh = torch.linalg.svd(B, full_matrices=False)

@@ -115,6 +115,24 @@ def test_fitted_factors_read_out_what_is_linear_in_the_features():
     assert cross_entropy(z @ factors.matrix() + bias, y) < 0.6 * torch.tensor(C).log()
 
 
+@pytest.mark.parametrize("value", [0.0, 1e-25, 5.3])
+@pytest.mark.parametrize("images", [1, 6])
+def test_nothing_is_read_from_features_that_are_the_same_for_all_images(images, value):
+    logits = torch.randn(images, C, generator=_generator())
+    z = value * (1 + torch.rand(D, generator=_generator(1)))
+    factors, bias = fitted_factors(z.expand(images, D), logits, K)
+    centred = logits - logits.mean(dim=1, keepdim=True)
+    torch.testing.assert_close(factors.matrix(), torch.zeros(D, C), atol=1e-2, rtol=0)
+    torch.testing.assert_close(z @ factors.matrix() + bias, centred.mean(dim=0))
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])
+def test_fitted_factors_follow_the_scale_of_the_features(scale):
+    z, logits = (torch.randn(40, n, generator=_generator(n)) for n in (D, C))
+    (plain, _), (scaled, _) = fitted_factors(z, logits, K), fitted_factors(scale * z, logits, K)
+    torch.testing.assert_close(scaled.matrix() * scale, plain.matrix())
+
+
 def test_kernel_directions_point_every_tap_of_a_kernel_the_same_way():
     channels = random_factors(4, 2, 2, _generator()).U
     P = kernel_directions(channels, rows=12)

@@ -229,6 +229,13 @@ def test_a_loss_without_terms_is_refused(factored, images):
         start(SSA(cross_entropy=0, similarity=0), factored("mlp"), images)
 
 
+def test_feedback_is_not_calibrated_on_a_single_image(factored, images):
+    with pytest.raises(StiefelError, match="batch of 1 image is too small to calibrate feedback"):
+        start(SSA(feedback="calibrated"), factored("smallconv"), images[:1])
+    _, state = start(SSA(feedback="calibrated"), factored("smallconv"), images[:2])
+    assert all(buffer.isfinite().all() for buffer in state.buffers())
+
+
 def test_alignment_turns_u_towards_the_feedback(factored, images, labels):
     network = factored("smallconv")
     rule, state = start(SSA(alpha=10.0, boundaries="units"), network, images)

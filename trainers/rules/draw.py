@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from converter.decompose import Factors
+from converter.errors import StiefelError
 from trainers.cuts import Cuts, Root
 from trainers.feedback import KolenPollack, StructuredFeedback, fitted_factors, random_factors
 from trainers.looking import in_mode, undisturbed
@@ -63,7 +64,11 @@ def _fit(
     example: Tensor,
     num_classes: int,
 ) -> list[tuple[Factors, Tensor]]:
-    """Regress the network's own logits on each root's features, over the example."""
+    """Regress the network's own logits on each root's features, over the example.
+
+    Raises:
+        StiefelError: the example is a single image, from which B would be 0 and teach nothing.
+    """
     if settings.feedback != "calibrated":
         return []
     found: list[Tensor] = []
@@ -75,6 +80,11 @@ def _fit(
 
     with undisturbed(network), in_mode(network, False), torch.no_grad():
         logits = cuts.run(example, visit)
+    if found and len(example) == 1:
+        raise StiefelError(
+            "a batch of 1 image is too small to calibrate feedback on; give a larger batch_size, "
+            "or feedback learned"
+        )
     return [fitted_factors(z, logits.cpu(), num_classes) for z in found]
 
 
