@@ -32,7 +32,8 @@ RUNS = {
     "ssa, global": (SSA(error="global", similarity=1.0), {}),
     "ssa, linear read-outs": (SSA(readout_layers=0), {}),
     "taught": (SSA(), {}),
-    "taught, accumulated": (SSA(cross_entropy=1.0, similarity=4.0), {"accumulate": 2}),
+    # At 0.05 this one multiplies rounding by a thousand within two epochs.
+    "taught, accumulated": (SSA(cross_entropy=1.0, similarity=4.0), {"accumulate": 2, "lr": 0.02}),
     "dfa": (DFA(storage="recomputed"), {"optimizer": "adamw", "lr": 1e-3}),
     "looked at": (SSA(), {"ranks": FALLING, "retract_every": 2, "diagnostics": 1}),
 }
