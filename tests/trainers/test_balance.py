@@ -42,8 +42,8 @@ def test_balanced_blocks_are_units_joined_as_far_as_the_largest_allows(
 ):
     network = Dropping() if name == "dropping" else factored(name)
     units, joined = (
-        cut(network, images, CutSettings(boundaries=boundaries, layers_per_block=size))
-        for boundaries in ("units", "balanced")
+        cut(network, images, CutSettings(**how, layers_per_block=size))
+        for how in ({"boundaries": "units"}, {"memory": 0})
     )
     layers = [
         [layer for block in cuts.blocks for layer in block.layers] for cuts in (units, joined)
@@ -61,7 +61,7 @@ def test_balanced_blocks_are_units_joined_as_far_as_the_largest_allows(
         assert before < 0 or need(before, last) > most
 
 
-@pytest.mark.parametrize("share", [0.2, 0.4, 0.7, 1.0])
+@pytest.mark.parametrize("share", [0.25, 0.4, 0.7, 1.0])
 @pytest.mark.parametrize("name", ["smallconv", "resnet20", "densenet", "vit"])
 def test_a_share_of_the_memory_widens_blocks_as_far_as_it_goes(name, share, factored, images):
     network = factored(name)
@@ -123,9 +123,9 @@ def test_blocks_are_balanced_alike_whatever_the_batch_they_are_shown(factored, i
 
 def test_balanced_blocks_hold_no_more_than_units_do(factored, images):
     held = {}
-    for boundaries in ("units", "balanced"):
+    for boundaries, how in (("units", {"boundaries": "units"}), ("balanced", {"memory": 0})):
         network = factored("resnet20")
-        cuts = cut(network, images, CutSettings(boundaries=boundaries))
+        cuts = cut(network, images, CutSettings(**how))
         with SavedActivations(network) as saved:
             cuts.run(images, lambda i, roots, logits: roots[0].square().mean().backward())
         held[boundaries] = saved.peak_bytes, len(cuts.blocks)

@@ -53,15 +53,18 @@ def cut(network: nn.Module, example: Tensor, settings: CutSettings) -> Cuts:
             blocks are named and it is also said where else to cut, or memory is to be shared out
             and blocks are not to be balanced.
     """
+    # A resolved recipe spells out defaults, so these are nobody's wish.
+    asked = {
+        n for n, field in CutSettings.model_fields.items() if getattr(settings, n) != field.default
+    }
     if settings.blocks:
         for name in ("boundaries", "memory", "layers_per_block"):
-            # A resolved recipe spells out defaults, so these are nobody's wish.
-            if getattr(settings, name) != CutSettings.model_fields[name].default:
+            if name in asked:
                 raise StiefelError(
                     f"blocks names the blocks, so {name} has nothing to say: leave one out"
                 )
         return NamedCuts(network, settings.blocks, example)
-    if settings.memory and settings.boundaries != "balanced":
+    if "memory" in asked and settings.boundaries != "balanced":
         raise StiefelError(
             f"memory says how far blocks are balanced, and boundaries are {settings.boundaries}: "
             "leave one out"

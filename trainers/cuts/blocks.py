@@ -25,15 +25,15 @@ class CutSettings(Settings):
     boundaries: Literal["balanced", "units", "layers"] = Field(
         "balanced",
         description="cut where exactly one tensor is live, as between residual units, and join "
-        "units while they need no more memory than the largest (balanced); join none (units); or "
-        "cut after every layer, residual streams being detached too (layers)",
+        "units as far as memory allows (balanced); join none (units); or cut after every layer, "
+        "residual streams being detached too (layers)",
     )
     memory: float = Field(
-        0.0,
+        0.25,
         ge=0,
         le=1,
-        description="share of backpropagation's activations that balanced blocks may hold; never "
-        "less than the largest unit does",
+        description="share of backpropagation's activations that a balanced block may hold; the "
+        "largest unit's need is allowed in any case",
     )
     layers_per_block: int = Field(
         1,
