@@ -23,6 +23,7 @@ from trainers.image_set import (
     batches,
     begin_epoch,
     epoch_order,
+    plain,
     reading,
 )
 from trainers.sources import CHANNEL_MODES, KINDS, Source
@@ -123,8 +124,9 @@ def examples(dataset: Dataset[Item], count: int, seed: int = 0) -> tuple[Tensor,
     """`images`, and their labels (count,) int64."""
     if len(dataset) == 0:  # type: ignore[arg-type]
         raise StiefelError("no images to draw from: the data set is empty")
+    dataset = plain(dataset)
     if isinstance(dataset, ImageSet):
-        return dataset.plain().limited(count, seed).batch(range(min(count, len(dataset))))
+        return dataset.limited(count, seed).batch(range(min(count, len(dataset))))
     order = epoch_order(len(dataset), seed, 0)[:count]  # type: ignore[arg-type]
     with reading():
         x, y = zip(*(dataset[index] for index in order.tolist()), strict=True)

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from converter.errors import StiefelError
 from trainers.device import Precision, autocast, resolve_device
-from trainers.image_set import ImageSet, Item, batches
+from trainers.image_set import Item, batches, plain
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,7 @@ def evaluate(
     total = len(dataset)  # type: ignore[arg-type]
     if total == 0:
         raise StiefelError("nothing to evaluate on: the data set is empty")
-    if isinstance(dataset, ImageSet):
-        dataset = dataset.plain()
+    dataset = plain(dataset)
     parameter = next(model.parameters(), torch.zeros(0))
     if device is not None:
         model.to(device := resolve_device(device))

@@ -16,11 +16,12 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Subset, get_worker_info
 
 from converter.errors import StiefelError
 from converter.specs import InputSpec
@@ -183,6 +184,20 @@ class _Decoded:
             self._images[missing] = torch.stack(_threaded(decode, missing.tolist()))
             self._present[missing] = True
         return self._images[indices]
+
+
+def plain(dataset: Dataset[Item]) -> Dataset[Item]:
+    """The same images without augmentation, where they are an `ImageSet`'s or a `Subset`'s of it.
+
+    A data set of somebody's own is as it is.
+    """
+    if isinstance(dataset, ImageSet):
+        return dataset.plain()
+    if isinstance(dataset, Subset):
+        # A copy, for a subclass may do more than choose.
+        dataset = copy(dataset)
+        dataset.dataset = plain(dataset.dataset)
+    return dataset
 
 
 def begin_epoch(dataset: Dataset[Item], epoch: int) -> None:

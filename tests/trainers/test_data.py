@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import Subset
 
 from converter.errors import StiefelError
 from converter.specs import InputSpec
@@ -302,7 +303,9 @@ def test_examples_are_plain_even_over_the_classes_and_labelled(factory):
     assert torch.equal(x, images(data.train, 30, seed=1))
     plain = load_data("digits", augment=False).train
     known = {tuple(row) for row in plain.batch(range(len(plain)))[0].flatten(1).tolist()}
-    assert all(tuple(row) in known for row in x.flatten(1).tolist())
+    part = images(Subset(Subset(data.train, range(100)), range(50)), 30)
+    for found in (x, part):
+        assert all(tuple(row) in known for row in found.flatten(1).tolist())
     mine = load_data(f"{factory}:pair").train
     x, y = examples(mine, 100)
     assert len(x) == len(y) == 24

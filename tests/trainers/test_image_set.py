@@ -14,6 +14,7 @@ from trainers.image_set import (
     batches,
     begin_epoch,
     epoch_order,
+    plain,
 )
 
 
@@ -124,6 +125,29 @@ def test_an_epoch_begins_for_what_a_subset_is_of_too():
     assert not torch.equal(seen[0], seen[1])
     assert torch.equal(seen[0], seen[2])
     begin_epoch(Subset(TensorDataset(torch.zeros(3)), [0]), 1)  # has no epochs
+
+
+class Doubled(Subset):
+    """A subset of somebody's own, which changes its items."""
+
+    def __getitems__(self, positions):
+        return [(x * 2, y) for x, y in super().__getitems__(positions)]
+
+    def __getitem__(self, position):
+        return self.__getitems__([position])[0]
+
+
+def test_a_subset_is_plain_where_what_it_is_of_can_be_and_itself_is_left_alone():
+    data = image_set()
+    bare = data.plain()
+    part = Subset(Subset(data, range(4, 20)), [5, 0])
+    data.set_epoch(1)
+    assert torch.equal(plain(part)[0][0], bare[9][0])
+    assert torch.equal(plain(Doubled(part, [1]))[0][0], bare[4][0] * 2)
+    assert torch.equal(part[0][0], data[9][0])
+    assert not torch.equal(part[0][0], bare[9][0])
+    own = Subset(TensorDataset(torch.arange(3)), [2])
+    assert plain(own)[0] == own[0]
 
 
 def test_a_limited_set_augments_each_image_as_the_whole_set_does():
