@@ -26,7 +26,7 @@ class InputSpec(Settings):
         IMAGENET_STD, description="per-channel standard deviation divided by"
     )
     resize: int | None = Field(
-        None, ge=1, description="short side to resize to before the centre crop; none: the crop's"
+        None, ge=1, description="short side to resize to before the centre crop; none: to cover it"
     )
     interpolation: Literal["nearest", "bilinear", "bicubic"] = Field(
         "bilinear", description="how images are resized"

@@ -4,7 +4,7 @@ So an image is augmented the same whatever batch, process or run it is drawn in,
 sees what an uninterrupted one would have seen.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -71,16 +71,16 @@ def crop_for_training(spec: InputSpec, *, flip: bool) -> Callable[[Tensor], Tens
 
 
 def crop_for_testing(spec: InputSpec) -> Callable[[Tensor], Tensor]:
-    """Resize and centre crop, as the specification says, of one uint8 image (C, H, W)."""
-    _, height, width = spec.shape
-    side = spec.resize or max(height, width)
-    resize = v2.Resize(side, interpolation=_mode(spec), antialias=True)
-    crop = v2.CenterCrop((height, width))
+    """Resize and centre crop, as the specification says, of one uint8 image (C, H, W).
+
+    Without a size to resize to, as much of the image is kept as the crop's proportions allow.
+    """
+    mode, crop = _mode(spec), list(spec.shape[1:])
 
     def fit(image: Tensor) -> Tensor:
-        if spec.resize is None and image.shape[1:] == (height, width):
-            return image
-        return crop(resize(image))
+        size = [spec.resize] if spec.resize else _covering(image.shape[1:], crop)
+        resized = v2.functional.resize(image, size, interpolation=mode, antialias=True)
+        return v2.functional.center_crop(resized, crop)
 
     return fit
 
@@ -113,6 +113,17 @@ def _hash(x: Tensor) -> Tensor:
 def _shift_right(x: Tensor, bits: int) -> Tensor:
     """Logical shift; torch's is arithmetic."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _covering(sides: Sequence[int], crop: Sequence[int]) -> list[int]:
+    """The least height and width in the proportions of `sides` that leave nothing of `crop` bare.
+
+    The longer one is rounded down, as torchvision does where it is told the shorter.
+    """
+    (height, width), (rows, columns) = sides, crop
+    if rows * width >= columns * height:
+        return [rows, rows * width // height]
+    return [columns * height // width, columns]
 
 
 def _mode(spec: InputSpec) -> v2.InterpolationMode:

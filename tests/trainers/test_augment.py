@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torchvision.transforms import v2
 
 from converter.specs import InputSpec
 from trainers.augment import (
@@ -97,6 +98,41 @@ def test_testing_takes_the_centre_after_resizing_the_short_side(resize, inner):
     middle = fitted.float().mean((0, 1))
     assert middle[:5].max() < 5
     assert middle[7:].min() > 195
+
+
+@given(*[st.integers(1, 90)] * 2, st.integers(2, 40), st.sampled_from([None, 45]))
+def test_a_square_is_cut_as_torchvision_s_resize_and_crop_would(height, width, side, resize):
+    image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
+    steps = v2.Resize(resize or side, antialias=True), v2.CenterCrop((side, side))
+    fitted = crop_for_testing(InputSpec.natural((3, side, side), resize=resize))(image)
+    assert torch.equal(fitted, v2.Compose(steps)(image))
+
+
+@given(*[st.integers(1, 90)] * 2, *[st.integers(2, 40)] * 2)
+def test_a_crop_of_any_shape_is_filled(height, width, rows, columns):
+    white = torch.full((1, height, width), 255, dtype=torch.uint8)
+    fitted = crop_for_testing(InputSpec.plain((1, rows, columns)))(white)
+    assert fitted.shape == (1, rows, columns)
+    assert fitted.eq(255).all()
+
+
+@given(*[st.integers(2, 40)] * 2, st.integers(1, 4))
+def test_nothing_is_left_out_of_an_image_in_the_proportions_of_the_crop(rows, columns, times):
+    image = torch.randint(0, 256, (3, rows * times, columns * times), dtype=torch.uint8)
+    fitted = crop_for_testing(InputSpec.natural((3, rows, columns)))(image)
+    assert torch.equal(fitted, v2.functional.resize(image, [rows, columns], antialias=True))
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_both_ends_of_a_wide_or_tall_image_are_kept(turned):
+    image = torch.zeros(1, 25, 66, dtype=torch.uint8)
+    image[:, :, :10] = image[:, :, -10:] = 255
+    shape = (1, 64, 24) if turned else (1, 24, 64)
+    fitted = crop_for_testing(InputSpec.plain(shape))(image.mT if turned else image)
+    fitted = fitted.mT if turned else fitted
+    assert fitted[:, :, :8].eq(255).all()
+    assert fitted[:, :, -8:].eq(255).all()
+    assert fitted[:, :, 12:-12].eq(0).all()
 
 
 def test_images_of_the_right_size_are_left_as_they_are():
