@@ -9,6 +9,7 @@ from converter.factors import factored_layers
 from converter.specs import spec_of
 from trainers.data import Data, epoch_order
 from trainers.image_set import reading
+from trainers.labels import as_indices, known_labels
 from trainers.manifold import tied_layers
 from trainers.rules import SSA, RuleSettings
 
@@ -22,9 +23,11 @@ def check_data(data: Data) -> None:
     for part, dataset in (("training", data.train), ("test", data.test)):
         if len(dataset) == 0:
             raise StiefelError(f"{data.name} has no {part} images")
-        labels = known_labels(dataset)
-        if labels is not None:
-            check_labels(labels, len(data.classes), f"{data.name}, {part} images")
+        with reading():
+            labels = known_labels(dataset)
+            if labels is None:
+                labels = torch.as_tensor(dataset[0][1])[None]
+        check_labels(labels, len(data.classes), f"{data.name}, {part} images")
     if not _several_classes(data.train):
         raise StiefelError(f"{data.name} has training images of one class only; two are needed")
 
@@ -40,22 +43,13 @@ def _several_classes(dataset: Dataset) -> bool:
         return any(int(dataset[index][1]) != one for index in rest)
 
 
-def known_labels(dataset: Dataset) -> Tensor | None:
-    """Labels (N,) where the data set knows them without reading its images."""
-    for name in ("labels", "targets"):
-        if (found := getattr(dataset, name, None)) is not None:
-            return torch.as_tensor(found)
-    return None
-
-
 def check_labels(labels: Tensor, classes: int, where: str) -> None:
     """Refuse labels (N,) that are no whole numbers from 0 to `classes` − 1.
 
     Raises:
         StiefelError: names the first label that isn't.
     """
-    if labels.is_floating_point():
-        raise StiefelError(f"{where}: labels must be whole numbers, not {labels.dtype}")
+    labels = as_indices(labels, where)
     outside = labels[(labels < 0) | (labels >= classes)]
     if len(outside):
         raise StiefelError(

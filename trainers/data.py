@@ -26,6 +26,7 @@ from trainers.image_set import (
     plain,
     reading,
 )
+from trainers.labels import known_labels
 from trainers.sources import CHANNEL_MODES, KINDS, Source
 
 __all__ = [
@@ -188,11 +189,10 @@ def _limited(dataset: Dataset[Item], limit: int | None, seed: int) -> Dataset[It
 
 
 def _labels(dataset: Any) -> Tensor:
-    known = getattr(dataset, "targets", None)
-    if known is None:
-        with reading():
-            known = [int(dataset[index][1]) for index in range(len(dataset))]
-    return torch.as_tensor(known, dtype=torch.int64)
+    with reading():
+        if (known := known_labels(dataset)) is not None:
+            return known
+        return torch.tensor([int(dataset[index][1]) for index in range(len(dataset))])
 
 
 def _x(shape: tuple[int, ...]) -> str:

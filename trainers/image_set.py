@@ -33,6 +33,7 @@ from trainers.augment import (
     shift_and_flip,
     uniform,
 )
+from trainers.labels import as_indices
 
 SMALL_SIDE = 64  # up to here images are shifted rather than cropped, and kept in memory
 CACHE_BYTES = 2 * 2**30
@@ -223,7 +224,7 @@ def batches(
     pin_memory: bool = False,
     seed: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images (N, C, H, W) and labels (N,) of the data set, batch by batch.
+    """Images (N, C, H, W) and labels (N,) int64 of the data set, batch by batch.
 
     Args:
         order: (n,) int64, positions in the order to read them; all, in their own order, if None.
@@ -234,7 +235,7 @@ def batches(
             is not touched.
 
     Raises:
-        StiefelError: an image can't be read.
+        StiefelError: an image can't be read, or labels are fractions.
     """
     order = torch.arange(len(dataset)) if order is None else order  # type: ignore[arg-type]
     chunks = [chunk for chunk in order.split(batch_size) if len(chunk) == batch_size]
@@ -255,7 +256,7 @@ def batches(
         generator=torch.Generator().manual_seed(seed),
     )
     with reading():
-        yield from ((x, torch.as_tensor(y)) for x, y in loader)
+        yield from ((x, as_indices(torch.as_tensor(y))) for x, y in loader)
 
 
 @contextmanager

@@ -240,6 +240,11 @@ def pair():
     y = torch.arange(24) % 3
     return TensorDataset(x, y), TensorDataset(x[:6], y[:6])
 
+def raw():
+    train, test = pair()
+    train.targets = ["ant", "bee", "cow"] * 8
+    return train, test
+
 def named():
     return (*pair(), ["ant", "bee", "cow"])
 
@@ -270,7 +275,8 @@ def factory(tmp_path):
 
 
 def test_a_factory_gives_data_sets_of_one_s_own(factory):
-    for name, classes in (("pair", "012"), ("named", ("ant", "bee", "cow")), ("whole", "abc")):
+    made = {"pair": "012", "raw": "012", "named": ("ant", "bee", "cow"), "whole": "abc"}
+    for name, classes in made.items():
         data = load_data(f"{factory}:{name}", limit_train=9)
         assert data.classes == tuple(classes)
         labels = [int(data.train[i][1]) for i in range(len(data.train))]

@@ -1,0 +1,41 @@
+"""Labels as indices of classes, and those that a data set tells without reading its images."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Subset
+
+from converter.errors import StiefelError
+
+
+def as_indices(labels: Tensor, where: str = "the data set") -> Tensor:
+    """Labels, whole numbers of any dtype, as int64.
+
+    Raises:
+        StiefelError: they are fractions.
+    """
+    if labels.is_floating_point():
+        raise StiefelError(f"{where}: labels must be whole numbers, not {labels.dtype}")
+    return labels.long()
+
+
+def known_labels(dataset: Any) -> Tensor | None:
+    """Labels (N,) int64 where the data set or what it is a `Subset` of keeps them, else None.
+
+    Its `labels` or `targets` are believed where they are a whole number an image, and nothing is
+    made of them on their way into the items.
+    """
+    if type(dataset) is Subset:
+        whole = known_labels(dataset.dataset)
+        return None if whole is None else whole[torch.as_tensor(dataset.indices, dtype=torch.int64)]
+    if getattr(dataset, "target_transform", None) is not None:
+        return None
+    for name in ("labels", "targets"):
+        try:
+            found = as_indices(torch.as_tensor(getattr(dataset, name)))
+        except Exception:  # it may hold names, or whatever else its owner keeps there
+            continue
+        if found.shape == (len(dataset),):
+            return found
+    return None
