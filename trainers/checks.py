@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from converter.errors import StiefelError, first_line
+from converter.errors import StiefelError
 from converter.factors import factored_layers
 from converter.specs import spec_of
 from trainers.data import Data, epoch_order
@@ -12,6 +12,7 @@ from trainers.image_set import reading
 from trainers.labels import as_indices, known_labels
 from trainers.manifold import tied_layers
 from trainers.rules import SSA, RuleSettings
+from trainers.trial import try_out
 
 
 def check_data(data: Data) -> None:
@@ -69,16 +70,7 @@ def count_outputs(network: nn.Module, example: Tensor, data: Data) -> int:
         raise StiefelError(
             f"{data.name} has images {_x(shape)}, {spec.name} {_x(spec.input.shape)}"
         )
-    modes = [(module, module.training) for module in network.modules()]
-    try:
-        with torch.no_grad():
-            output = network.eval()(example)
-    except (RuntimeError, ValueError, IndexError) as error:
-        reason = first_line(error)
-        raise StiefelError(f"the network can't take images {_x(shape)}: {reason}") from error
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    output = try_out(network, example)
     if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(example):
         raise StiefelError("the network is no classifier: it should return logits (N, classes)")
     if len(data.classes) > output.shape[1]:

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 from torch.nn import functional as F
 
@@ -128,6 +129,11 @@ def _mlp(depth: int, classes: int = 5) -> nn.Sequential:
     return nn.Sequential(pooled, nn.Linear(12, 12), nn.Sequential(*layers), head)
 
 
+def _small_vit() -> tuple[nn.Module, nn.Module]:
+    """A teacher that asserts that images are 16x16."""
+    return _mlp(3), torchvision.models.VisionTransformer(16, 8, 1, 2, 16, 32, num_classes=5)
+
+
 AHEAD, NAMED = SSA(lookahead=1), SSA(blocks=("2.*",))
 
 
@@ -137,6 +143,7 @@ AHEAD, NAMED = SSA(lookahead=1), SSA(blocks=("2.*",))
         (SSA(), _sharing, "shares parameters with the network"),
         (SSA(), lambda: (_Noisy(), _Noisy()), "block 'layers.0' has layers.0, the teacher"),
         (SSA(), lambda: (_mlp(3), _mlp(3).double()), "can't take images .* of torch.float32: .*"),
+        (SSA(), _small_vit, "the teacher can't take images 3x32x32 of .*: Wrong image height!"),
         (SSA(), lambda: (_mlp(2), _mlp(3)), "has 2.1.0, 3, the teacher 2.1.0, 2.2.0, 3 there"),
         (NAMED, lambda: (_mlp(2), _mlp(3)), "blocks are 2.0, 2.1, 2.2, the network's 2.0, 2.1:"),
         (AHEAD, lambda: (_mlp(3), _mlp(3, 3)), "tells 3 classes apart, the network 5"),

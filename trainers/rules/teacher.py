@@ -16,11 +16,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from converter.errors import StiefelError, first_line
+from converter.errors import StiefelError
 from trainers.cuts import Cuts, cut_alike
 from trainers.cuts.blocks import logits_of
 from trainers.cuts.walk import Snapshot
 from trainers.rules.settings import SSA
+from trainers.trial import try_out
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Teacher:
                 "lookahead needs a network that is cut by its graph: leave blocks or lookahead out"
             )
         teacher.eval().requires_grad_(False).to(example.device)
-        outputs = _count_outputs(teacher, example[:1])
+        outputs = logits_of(try_out(teacher, example[:1], "the teacher")).shape[-1]
         if settings.lookahead and outputs != num_classes:
             raise StiefelError(
                 f"the teacher tells {outputs} classes apart, the network {num_classes}: a "
@@ -117,15 +118,3 @@ class Teacher:
             later = tuple(roots for roots, _ in stops)
             yield Lesson(roots, later, here, self.recomputed)
             del roots, later, here  # not to be held while the teacher goes on
-
-
-def _count_outputs(teacher: nn.Module, image: Tensor) -> int:
-    """The width of its output for one image (1, C, H, W)."""
-    try:
-        with torch.no_grad():
-            return logits_of(teacher(image)).shape[-1]
-    except (RuntimeError, ValueError, IndexError) as error:
-        shape, reason = "x".join(map(str, image.shape[1:])), first_line(error)
-        raise StiefelError(
-            f"the teacher can't take images {shape} of {image.dtype}: {reason}"
-        ) from error

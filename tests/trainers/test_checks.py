@@ -1,0 +1,35 @@
+"""What doesn't fit together is one clear line, before anything is trained."""
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from converter.errors import StiefelError
+from trainers.data import Data
+from trainers.rules import BP
+from trainers.trainer import TrainSettings, train_local
+
+
+def images(side: int, count: int = 16) -> TensorDataset:
+    """Images (3, side, side) of four classes."""
+    return TensorDataset(torch.randn(count, 3, side, side), torch.arange(count) % 4)
+
+
+def train(network: nn.Module, side: int = 8, test_side: int = 8, out=None, **changes):
+    data = Data(images(side), images(test_side), tuple("abcd"), "own")
+    settings = TrainSettings(**{"epochs": 1, "batch_size": 8, "device": "cpu", **changes})
+    return train_local(network, data, rule=BP(), settings=settings, out=out)
+
+
+def refused(says: str, *given, **changes) -> None:
+    with pytest.raises(StiefelError, match=says) as caught:
+        train(*given, **changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_assertion_about_the_images_is_one_clear_line():
+    vit = torchvision.models.VisionTransformer(16, 8, 1, 2, 16, 32, num_classes=4).eval()
+    refused("the network can't take images 3x8x8 of torch.float32: Wrong image height!", vit)
+    assert not any(module.training for module in vit.modules())
