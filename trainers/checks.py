@@ -7,7 +7,7 @@ from torch.utils.data import Dataset
 from converter.errors import StiefelError
 from converter.factors import factored_layers
 from converter.specs import spec_of
-from trainers.data import Data, epoch_order
+from trainers.data import Data, epoch_order, examples
 from trainers.image_set import reading
 from trainers.labels import as_indices, known_labels
 from trainers.manifold import tied_layers
@@ -79,6 +79,19 @@ def count_outputs(network: nn.Module, example: Tensor, data: Data) -> int:
             "apart; give the model argument num_classes"
         )
     return output.shape[1]
+
+
+def check_test_images(network: nn.Module, example: Tensor, data: Data) -> None:
+    """Refuse test images of another shape than the training images (N, C, H, W) if they don't fit.
+
+    Raises:
+        StiefelError: the network can't take them; one of them was tried.
+    """
+    image = examples(data.test, 1)[0].to(example)
+    if image.shape[1:] != example.shape[1:]:
+        shape = _x(example.shape[1:])
+        who = f"{data.name} has training images {shape} and other test images: the network"
+        try_out(network, image, who)
 
 
 def count_part(images: int, batch_size: int, shares: int) -> int:

@@ -146,6 +146,7 @@ class _Training:
         example = images(self.data.train, self.part, settings.seed)
         example = example.to(device, memory_format=self.layout)
         outputs = checks.count_outputs(network, example, self.data)
+        checks.check_test_images(network, example, self.data)
         self._set_mode()
         generator = torch.Generator().manual_seed(settings.seed)
         # The rule sees the network as it began; a resumed run then takes up what became of it.

@@ -33,3 +33,17 @@ def test_an_assertion_about_the_images_is_one_clear_line():
     vit = torchvision.models.VisionTransformer(16, 8, 1, 2, 16, 32, num_classes=4).eval()
     refused("the network can't take images 3x8x8 of torch.float32: Wrong image height!", vit)
     assert not any(module.training for module in vit.modules())
+
+
+def test_test_images_that_do_not_fit_are_refused_before_training(tmp_path):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+    before = network[1].weight.clone()
+    says = "own has training images 3x8x8 and other .* network can't take images 3x10x10 of .*: mat"
+    refused(says, network, test_side=10, out=tmp_path / "run")
+    assert torch.equal(network[1].weight, before)
+    assert not (tmp_path / "run").exists()
+
+
+def test_test_images_of_another_size_will_do_for_a_network_of_any_size():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    assert len(train(network, test_side=10).records) == 1
