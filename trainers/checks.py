@@ -142,7 +142,7 @@ def check_batch_norm(network: nn.Module, images: int) -> None:
     """Refuse batch statistics of a single image.
 
     Args:
-        images: in one forward pass of one process.
+        images: in one forward pass, of all processes that share their statistics.
 
     Raises:
         StiefelError: there is one, and the network has batch norms.

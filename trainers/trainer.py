@@ -126,8 +126,9 @@ class _Training:
         """Check all that can be checked, build the rest, go to where an earlier run stopped."""
         settings, network, device = self.settings, self.network, self.device
         checks.check_factored(network, self.rule_settings)
-        if settings.batch_norm == "train":
-            checks.check_batch_norm(network, self.part)
+        if settings.batch_norm != "frozen":
+            together = self.world.size if settings.batch_norm == "sync" else 1
+            checks.check_batch_norm(network, self.part * together)
         model = look(network)
         check_schedule(settings.ranks, settings.epochs, model)
         if settings.ranks.active:

@@ -35,6 +35,7 @@ RUNS = {
     # At 0.05 this one multiplies rounding by a thousand within two epochs.
     "taught, accumulated": (SSA(cross_entropy=1.0, similarity=4.0), {"accumulate": 2, "lr": 0.02}),
     "dfa": (DFA(storage="recomputed"), {"optimizer": "adamw", "lr": 1e-3}),
+    "an image each": (BP(), {"batch_size": 2, "epochs": 1, "lr": 1e-3}),
     "looked at": (SSA(), {"ranks": FALLING, "retract_every": 2, "diagnostics": 1}),
 }
 # What each process draws or counts for itself, one process would draw and count otherwise.

@@ -300,8 +300,10 @@ def test_a_model_without_factored_layers_is_no_matter_for_ssa(data):
 
 
 def test_a_batch_of_one_is_too_small_for_batch_norm_unless_frozen(data):
-    with pytest.raises(StiefelError, match=r"too small for batch norm \(1\)"):
-        train_local(network(), data, settings=settings(batch_size=4, accumulate=4))
+    for batch_norm in ("train", "sync"):
+        alone = settings(batch_size=4, accumulate=4, batch_norm=batch_norm)
+        with pytest.raises(StiefelError, match=r"too small for batch norm \(1\)"):
+            train_local(network(), data, settings=alone)
     frozen = settings(batch_size=4, accumulate=4, batch_norm="frozen", epochs=1)
     train_local(network(), data, rule=BP(), settings=frozen)
 
