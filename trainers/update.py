@@ -33,6 +33,7 @@ class Update:
     ) -> None:
         self._network, self._state, self._settings, self._world = network, state, settings, world
         self._steps = steps
+        network.zero_grad()  # what an earlier backward pass left is no part of the first step
         self._optimizer = build_optimizer(network, state, settings)
         self._scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
         # Each part of each process is a mean of its own; their sum is to be the batch's mean.

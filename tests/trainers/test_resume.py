@@ -134,6 +134,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(run, place, uninterrupted, da
     assert first.interrupted
     torch.rand(7)  # another process would be in another random state
     model = network()
+    model.eval()(torch.randn(4, 1, 8, 8)).sum().backward()  # gradients that are not the run's
     second = train_local(model, data, resume=True, **rest)
     assert not second.interrupted
     assert [record["epoch"] for record in second.records] == [1, 2, 3]

@@ -119,6 +119,16 @@ def test_backprop_in_the_trainer_is_torch_s_own_loop_step_by_step():
         torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("rule", [BP(), SSA(), DFA()])
+def test_gradients_of_before_are_no_part_of_the_first_step(data, rule):
+    fresh, used = network(), network()
+    used.eval()(torch.randn(4, 1, 8, 8)).sum().backward()
+    for model in (fresh, used):
+        chosen = settings(epochs=1, batch_size=96, optimizer="sgd", lr=0.1)
+        train_local(model, data, rule=rule, settings=chosen)
+    assert all(map(torch.equal, fresh.parameters(), used.parameters()))
+
+
 @pytest.mark.parametrize("rule", [BP(), SSA(similarity=0.0, readout_layers=0), DFA()])
 def test_accumulated_parts_make_the_same_step_as_the_whole_batch(rule):
     # Without batch statistics, of which each part has its own, those of hidden layers too.
