@@ -51,6 +51,7 @@ RULES: dict[str, tuple[str, RuleSettings]] = {
         SSA(error="global", storage="recomputed", boundaries="units"),
     ),
     "ssa": ("factored", SSA()),
+    "ssa, memory 0": ("factored", SSA(memory=0)),
     "ssa, linear read-outs": ("factored", SSA(readout_layers=0)),
     "ssa, cut at units": ("factored", SSA(boundaries="units")),
     "ssa, cut at layers": ("factored", SSA(boundaries="layers")),
@@ -68,9 +69,16 @@ NETWORKS = {
 }
 DEPTHS = (20, 32, 44, 56, 110)
 WIDTHS = (16, 32, 64, 128)
-SWEPT = ("backprop, dense", "backprop", "dfa, stored", "ssa")
+SWEPT = ("backprop, dense", "backprop", "dfa, stored", "ssa", "ssa, memory 0")
 # With a thousand classes each contender weighs gigabytes, optimizer included.
-HEAVY = ("backprop, dense", "backprop", "ssa", "ssa, linear read-outs", "ssa, cut at layers")
+HEAVY = (
+    "backprop, dense",
+    "backprop",
+    "ssa",
+    "ssa, memory 0",
+    "ssa, linear read-outs",
+    "ssa, cut at layers",
+)
 
 
 @dataclass
@@ -317,7 +325,7 @@ def _cells(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
 def _draw(result: dict[str, Any], path: Path) -> None:
     """Memory and time against depth and width, one line a rule."""
     figure, axes = plt.subplots(2, 2, figsize=(9, 6), layout="constrained")
-    colours = dict(zip(SWEPT, ("#c9d1d6", "#5b6770", "#d08c3c", "#0f7c8a"), strict=True))
+    colours = dict(zip(SWEPT, ("#c9d1d6", "#5b6770", "#d08c3c", "#0f7c8a", "#8cc9d1"), strict=True))
     for column, part in enumerate(("depth", "width")):
         places = [int(key) for key in result[part]]
         for rule in SWEPT:
