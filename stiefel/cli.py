@@ -1,5 +1,6 @@
 """The commands: each parses its line, calls one function, prints what came of it."""
 
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ from stiefel import tables
 from stiefel.console import Console
 from stiefel.inputs import (
     FILE,
+    NEW_CHECKPOINT,
     NEW_FILE,
+    check_apart,
     data_options,
     data_section,
     device_option,
@@ -119,7 +122,7 @@ def run_command(
 @click.option("--plan", "plan_file", type=FILE, help="use this plan, written by --plan-out")
 @click.option("--plan-out", type=NEW_FILE, help="write the plan as JSON, to read or edit")
 @click.option("--dry-run", "dry", is_flag=True, help="print the plan, write no model")
-@click.option("--output", "-o", type=NEW_FILE, help="the factored checkpoint to write")
+@click.option("--output", "-o", type=NEW_CHECKPOINT, help="the factored checkpoint to write")
 @device_option
 @seed_option
 @json_option
@@ -128,8 +131,10 @@ def convert(**values: Any) -> None:
     output, dry, seed = values.pop("output"), values.pop("dry"), values.pop("seed")
     if output is None and not dry:
         raise click.UsageError("name the file to write: -o FILE.safetensors (or --dry-run)")
+    source = model_section(values)
+    check_apart(output, source.checkpoint)
     torch.manual_seed(seed)  # a model without a checkpoint is drawn
-    model = build(model_section(values), note=console.note)
+    model = build(source, note=console.note)
     layers = dict(_layer_exception(text) for text in values.pop("layers"))
     section = collect(ConvertSection, values, layers=layers, calibrate=values.pop("calibrate"))
     calibration = calibration_images(section, model, None, seed=seed)
@@ -167,11 +172,12 @@ def convert(**values: Any) -> None:
 @click.option("--resume", is_flag=True, help="go on with an interrupted training in --out")
 @click.option("--out", type=FILE, help="folder for log and checkpoints  [default: OUTPUT's stem]")
 @click.option(
-    "--output", "-o", type=NEW_FILE, required=True, help="the trained checkpoint to write"
+    "--output", "-o", type=NEW_CHECKPOINT, required=True, help="the trained checkpoint to write"
 )
 @json_option
 def train_command(path: Path, rule: str, **values: Any) -> None:
     """Train a factored model with local, SVD-structured feedback."""
+    check_apart(values["output"], path)
     model = load_any(path)
     settings = collect(TrainSettings, values)
     chosen = collect(RULES[rule], values)
@@ -218,10 +224,13 @@ def export(output: Path, data: str | None, json_file: Path | None, **values: Any
     if output.suffix not in (".onnx", ".safetensors"):
         raise click.UsageError(f"-o {output}: end the name in .onnx or .safetensors")
     section = model_section(values)
+    check_apart(output, section.checkpoint)
     compact = section.name is None and is_compact(section.checkpoint)
     model = open_model(section.checkpoint) if compact else build(section, note=console.note)
     known = (getattr(model, "stiefel_history", None) or [{}])[-1].get("accuracy")
     if output.suffix == ".safetensors":
+        if compact:
+            raise StiefelError(f"{section.checkpoint} is a compact export already: copy it")
         unused = [option for option in given(OnnxSettings, values) if option != "--precision"]
         if unused := unused + ["--data"] * bool(data):
             raise click.UsageError(f"{unused[0]} is for .onnx files")
@@ -293,6 +302,8 @@ def evaluate_command(**values: Any) -> None:
             device=resolve_device(values["device"]),
             precision=values["precision"],
         )
+    if not math.isfinite(result.loss):
+        raise StiefelError("the model's output isn't finite; no figure would mean much")
     console.show(
         f"accuracy {100 * result.accuracy:.2f} %, loss {result.loss:.4f}, {result.images:,} images"
     )

@@ -26,7 +26,19 @@ class NewFile(click.Path):
         return check_place(super().convert(value, param, ctx))
 
 
+class NewCheckpoint(NewFile):
+    """A checkpoint to be written, which by its ending will be read as one."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Path:
+        """See click; raises StiefelError."""
+        path = super().convert(value, param, ctx)
+        if path.suffix != ".safetensors":
+            self.fail(f"{path}: end the name in .safetensors", param, ctx)
+        return path
+
+
 NEW_FILE = NewFile(path_type=Path)
+NEW_CHECKPOINT = NewCheckpoint(path_type=Path)
 
 json_option = click.option("--json", "json_file", type=NEW_FILE, help="write the result as JSON")
 seed_option = click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
@@ -71,6 +83,17 @@ def model_section(values: dict[str, Any]) -> ModelSection:
         args=parse_args(values["model_arg"]),
         rename=values["rename"],
     )
+
+
+def check_apart(output: Path | None, source: Path | None) -> None:
+    """Refuse to write over the checkpoint that is read.
+
+    Raises:
+        click.UsageError: they are one file.
+    """
+    files = [path for path in (output, source) if path is not None and path.exists()]
+    if len(files) == 2 and files[0].samefile(files[1]):
+        raise click.UsageError(f"-o {output} is the checkpoint that is read: name another file")
 
 
 def data_options(command: Command) -> Command:

@@ -1,5 +1,6 @@
 """Short human summaries of what the rooms return, for the terminal."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -48,9 +49,11 @@ def shown(value: Any) -> str:
 
 
 def plain(result: Any) -> Any:
-    """A result of any room as data that JSON can hold."""
+    """A result of any room as data that JSON can hold; what is not finite is null there."""
     if isinstance(result, BaseModel):
         return result.model_dump(mode="json")
+    if isinstance(result, float) and not math.isfinite(result):
+        return None
     if is_dataclass(result):
         return plain(asdict(result))
     if isinstance(result, Mapping):

@@ -4,6 +4,7 @@
 iterate over one so that a resumed run repeats exactly. Nothing is ever downloaded.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -144,6 +145,11 @@ def _from_factory(
             raise StiefelError(f"{name} returned a {kind}, not (train, test) data sets")
         train, test, *rest = made
         names = rest[0] if rest else getattr(train, "classes", None)
+        if names is None and not len(train):
+            raise StiefelError(f"{name} has no training images, and names no classes")
+        if names is not None and (isinstance(names, str) or not isinstance(names, Iterable)):
+            kind = type(names).__name__
+            raise StiefelError(f"{name} returned a {kind} as third item, not the classes' names")
         if names is None:
             names = [str(label) for label in range(int(_labels(train).max()) + 1)]
         made = Data(train, test, tuple(map(str, names)), name)

@@ -1,11 +1,11 @@
 """What a training run keeps on disk: checkpoints, the log, and all that resuming needs."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic_core import to_json
 from torch import nn
 
 from converter.checkpoints import save_factored
@@ -38,9 +38,10 @@ class RunFolder:
         self.best = self.path / "best.safetensors"
         self.log = self.path / "log.jsonl"
         self.diagnostics = self.path / "diagnostics.jsonl"
+        self._others: list[Path] = []  # another run's, to be removed
 
     def start(self) -> None:
-        """Make the folder; clear it of a finished run.
+        """Make the folder; a finished run in it goes when the first epoch of this one is written.
 
         Raises:
             StiefelError: it can't be made, or holds an interrupted run, which is not thrown away.
@@ -51,13 +52,19 @@ class RunFolder:
             )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            for file in (self.state, self.last, self.best, self.log, self.diagnostics):
-                file.unlink(missing_ok=True)
         except OSError as error:
             raise StiefelError(f"cannot use {self.path} for training: {error.strerror}") from error
+        self._others = [self.state, self.last, self.best, self.log, self.diagnostics]
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether `last` is there, and of this run."""
+        return self.last.exists() and not self._others
 
     def write(self, network: nn.Module, state: Mapping[str, Any], *, best: bool) -> None:
         """Write the checkpoints, the log, and last of all the state, each whole or not at all."""
+        while self._others:
+            self._others.pop(0).unlink(missing_ok=True)
         records = state["records"]
         write_text(self.log, _lines(records))
         if state["looks"]:
@@ -86,7 +93,8 @@ class RunFolder:
 
 
 def _lines(records: list[dict[str, Any]]) -> str:
-    return "".join(json.dumps(record) + "\n" for record in records)
+    # JSON has no word for what is not finite.
+    return "".join(f"{to_json(r, inf_nan_mode='null').decode()}\n" for r in records)
 
 
 def check_same(kept: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
@@ -106,8 +114,10 @@ def check_same(kept: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> N
 def materials(data: Data, teacher: nn.Module | None) -> dict[str, Any]:
     """What tells data and teacher from others that would train otherwise, as plain data."""
     return {
+        "data": data.name.partition(":")[0],  # a folder may have moved
         "teacher": teacher is not None,
         "images": len(data.train),
+        "test_images": len(data.test),
         "classes": [str(name) for name in data.classes],
     }
 
@@ -130,8 +140,10 @@ def _described(materials: Mapping[str, Any]) -> list[str]:
     """In words, the number of classes before their names, which are then equally many."""
     classes = materials["classes"]
     return [
+        f"on {materials['data']}",
         "with a teacher" if materials["teacher"] else "without a teacher",
         f"with {materials['images']} training images",
+        f"with {materials['test_images']} test images",
         f"with {len(classes)} classes",
         *(f"with class {label} named '{name}'" for label, name in enumerate(classes)),
     ]

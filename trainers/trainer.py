@@ -305,7 +305,7 @@ class _Training:
 
     def _give_up(self, what: str, value: float) -> None:
         kept = ""
-        if self.folder is not None and self.folder.last.exists():
+        if self.folder is not None and self.folder.has_weights:
             kept = f"; {self.folder.last} holds the last good weights"
         raise StiefelError(
             f"{what} became {value} by step {self.step} of epoch {self.epoch}{kept}; "

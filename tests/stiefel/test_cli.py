@@ -161,6 +161,50 @@ def test_a_compact_file_is_exported_further(small, tmp_path):
     assert result.exit_code == 0, result.output
 
 
+def test_a_compact_file_is_no_further_compacted(small, tmp_path):
+    compact = tmp_path / "compact.safetensors"
+    assert stiefel("export", small, "-o", compact).exit_code == 0
+    result = stiefel("export", compact, "-o", tmp_path / "again.safetensors")
+    assert result.exit_code == 1
+    assert "is a compact export already: copy it" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == [compact.name]
+
+
+@pytest.mark.parametrize(
+    "command", [("convert",), ("convert", "--model", "zoo:digits", "--checkpoint"), ("export",)]
+)
+def test_a_checkpoint_is_not_written_over_while_it_is_read(command, small, tmp_path):
+    source = tmp_path / "a.safetensors"
+    source.write_bytes(small.read_bytes())
+    result = stiefel(*command, source, "-o", tmp_path / "." / "a.safetensors")
+    assert result.exit_code == 2
+    assert "is the checkpoint that is read: name another file" in result.stderr
+    assert source.read_bytes() == small.read_bytes()
+
+
+def test_training_does_not_write_over_what_it_began_with(small, tmp_path):
+    source = tmp_path / "a.safetensors"
+    source.write_bytes(small.read_bytes())
+    result = stiefel("train-local", source, "--data", "digits", "-o", source)
+    assert result.exit_code == 2
+    assert "name another file" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == [source.name]
+
+
+def test_a_model_whose_output_is_not_finite_is_not_evaluated(tmp_path):
+    model = load("zoo:digits")
+    with torch.no_grad():
+        next(model.parameters()).fill_(float("nan"))
+    save_dense(model, tmp_path / "nan.safetensors")
+    result = stiefel(
+        *("evaluate", tmp_path / "nan.safetensors", "--data", "digits", "--limit-test", 20),
+        *("--json", tmp_path / "nan.json"),
+    )
+    assert result.exit_code == 1
+    assert "the model's output isn't finite" in result.stderr
+    assert not (tmp_path / "nan.json").exists()
+
+
 def test_doctor_tells_versions_and_providers(tmp_path):
     result = stiefel("doctor", "--json", tmp_path / "doctor.json")
     assert result.exit_code == 0
@@ -206,6 +250,8 @@ NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA")
         (1, ("train-local", "SMALL", "--data", "digtis", "-o", "OUT"), "digits"),
         (1, ("train-local", "DENSE", "--data", "digits", "-o", "OUT"), "factored"),
         (1, ("train-local", "SMALL", "--data", "fake:3x8x8", "-o", "OUT"), "channel"),
+        (2, ("convert", "DENSE", "-o", "x.pt"), "end the name in .safetensors"),
+        (2, ("train-local", "SMALL", "--data", "digits", "-o", "x.pth"), "end the name in"),
         (2, ("export", "SMALL", "-o", "x.tflite"), ".onnx or .safetensors"),
         (2, ("export", "SMALL", "-o", "OUT", "--opset", "18"), "--opset is for .onnx files"),
         (2, ("export", "SMALL", "-o", "OUT", "--data", "digits"), "--data is for .onnx files"),

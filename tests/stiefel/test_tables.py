@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from export.result import ExportResult
-from stiefel.tables import export_line
+from stiefel.tables import export_line, plain
 
 
 @pytest.mark.parametrize(
@@ -29,3 +29,8 @@ def test_an_export_counts_its_external_data_and_says_what_was_compared(compared,
     line = export_line(result)
     assert "(3072.00 MiB, fp32): 1 factored layers, 1 merged back to dense." in line
     assert words in line
+
+
+def test_what_is_not_finite_is_null_in_json():
+    found = plain({"loss": float("nan"), "rows": [float("inf"), 1.5]})
+    assert found == {"loss": None, "rows": [None, 1.5]}

@@ -252,6 +252,12 @@ def whole():
     from trainers.data import Data
     return Data(*pair(), ("a", "b", "c"), "mine")
 
+def miscounted():
+    return (*pair(), 7)
+
+def empty():
+    return [part.__class__(*(t[:0] for t in part.tensors)) for part in pair()]
+
 def wrong():
     return 5
 
@@ -288,6 +294,8 @@ def test_a_factory_gives_data_sets_of_one_s_own(factory):
     ("name", "says"),
     [
         ("wrong", "returned a int, not"),
+        ("miscounted", "returned a int as third item, not the classes' names"),
+        ("empty", "has no training images, and names no classes"),
         ("flat", "must give items"),
         ("halves", "int label"),
         ("fails", "the disk is on fire"),

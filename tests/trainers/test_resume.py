@@ -16,6 +16,7 @@ from converter.factors import factored_layers
 from trainers.data import Data, load_data
 from trainers.rank_schedule import RankSchedule
 from trainers.rules import BP, SSA
+from trainers.state import RunFolder
 from trainers.trainer import TrainSettings, train_local
 
 MOMENTARY = {"seconds", "images_per_s", "peak_memory_mib"}
@@ -192,6 +193,29 @@ def test_the_log_holds_each_epoch_once_and_resuming_a_finished_run_trains_no_mor
     assert_same(dict(torch.load(tmp_path / "state.pt")["network"]), dict(model.state_dict()))
 
 
+def test_a_finished_run_stays_until_another_has_an_epoch_to_show(data, tmp_path):
+    rest = {"settings": settings(epochs=1, diagnostics=1), "out": tmp_path}
+    train_local(network(), data, **rest)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(StiefelError, match=r"became nan by step \d of epoch 1; train with a lower"):
+        train_local(network(), data, settings=settings(lr=1e30), out=tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    train_local(network(), data, settings=settings(epochs=1), out=tmp_path)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == before.keys() - {"diagnostics.jsonl"}
+
+
+def test_the_log_is_json_even_where_a_figure_is_not_finite(data, tmp_path):
+    broken = network()
+    train_local(broken, data, settings=settings(epochs=1), out=tmp_path)
+    kept = RunFolder(tmp_path)
+    record = {"epoch": 1, "test_loss": float("nan"), "loss": float("inf")}
+    rest = {"rule_settings": {"name": "bp"}, "looks": [], "network": {}}
+    kept.write(broken, {"records": [record], **rest}, best=False)
+    found = json.loads(kept.log.read_text(), parse_constant=pytest.fail)
+    assert found == {"epoch": 1, "test_loss": None, "loss": None}
+
+
 def test_ranks_of_a_resumed_model_are_those_it_had_fallen_to(data, tmp_path):
     rule, changes = RUNS["falling ranks"]
     rest = {"rule": rule, "settings": settings(**changes), "out": tmp_path}
@@ -243,6 +267,8 @@ def test_resuming_something_else_is_one_clear_error(interrupted, data, model, ch
 @pytest.mark.parametrize(
     ("change", "says"),
     [
+        ({"name": "fake:1x8x8"}, "begun on digits, not on fake; resume as it was begun"),
+        ({"tests": 39}, "begun with 40 test images, not with 39 test images; resume as"),
         ({"teacher": False}, "begun with a teacher, not without a teacher; resume as it was begun"),
         ({"images": 16}, "begun with 80 training images, not with 16 training images; resume as"),
         ({"images": 96}, "begun with 80 training images, not with 96 training images; resume as"),
@@ -253,9 +279,10 @@ def test_resuming_something_else_is_one_clear_error(interrupted, data, model, ch
 def test_resuming_with_other_data_or_without_the_teacher_is_one_clear_error(
     change, says, data, tmp_path
 ):
-    def go_on(teacher=True, images=80, classes=data.classes, **rest):
+    def go_on(teacher=True, images=80, tests=40, classes=data.classes, name="digits", **rest):
         dense = network(factored=False) if teacher else None
-        chosen = Data(Subset(data.train, range(images)), data.test, classes, data.name)
+        train, test = Subset(data.train, range(images)), Subset(data.test, range(tests))
+        chosen = Data(train, test, classes, name)
         rest = {"rule": SSA(feedback="fixed"), "settings": settings(), "out": tmp_path, **rest}
         return train_local(network(), chosen, teacher=dense, **rest)
 
