@@ -32,16 +32,15 @@ HELD_BACK = 2000
 METHODS: dict[str, tuple[RuleSettings, tuple[float, ...]]] = {
     "backpropagation": (BP(), (1e-3, 3e-4, 2e-3)),
     "local, 18 layers to a block, looking ahead": (
-        SSA(boundaries="units", layers_per_block=18, lookahead=2),
+        SSA(boundaries="units", layers_per_block=18, lookahead=2, distillation=1.0),
         (1e-3, 3e-3),
     ),
     "local, 18 layers, looking ahead, distillation 0.3": (
         SSA(boundaries="units", layers_per_block=18, lookahead=2, distillation=0.3),
         (1e-3,),
     ),
-    "local, memory 0.5, looking ahead": (SSA(memory=0.5, lookahead=2), (1e-3,)),
     "local, memory 0.25, looking ahead to the end": (
-        SSA(memory=0.25, lookahead=8, storage="recomputed"),
+        SSA(memory=0.25, lookahead=8, distillation=1.0, storage="recomputed"),
         (1e-3,),
     ),
     "local, 18 layers to a block": (SSA(boundaries="units", layers_per_block=18), (3e-3, 1e-3)),

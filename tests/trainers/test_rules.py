@@ -197,6 +197,8 @@ def test_a_teacher_makes_distillation_the_loss_and_is_not_trained(dense, factore
     teacher, network = dense("resnet20"), factored("resnet20")
     rule, state = start(SSA(), network, images, teacher)
     assert (state.settings.distillation, state.settings.cross_entropy) == (1.0, 0.0)
+    ahead = start(SSA(lookahead=2), network, images, teacher)[1].settings
+    assert (ahead.distillation, ahead.cross_entropy) == (0.3, 0.0)
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
     rule.step(network, state, images, labels)
     assert all(p.grad is None for p in teacher.parameters())

@@ -57,7 +57,10 @@ class SSA(FeedbackSettings):
         description="weight of similarity matching; default 10, or 0 with teacher or global error",
     )
     distillation: float | None = Field(
-        None, ge=0, description="weight of local distillation; default 1 with a teacher, else 0"
+        None,
+        ge=0,
+        description="weight of local distillation; default 1 with a teacher, 0.3 where its blocks "
+        "are looked ahead through, else 0",
     )
     lookahead: int = Field(
         0,
@@ -78,11 +81,13 @@ class SSA(FeedbackSettings):
                 read-outs are to have layers and there are none, or nothing trains.
         """
         learned = self.error == "layerwise" and self.feedback == "learned"
+        # A lookahead ends at the labels, which are to be heard beside the teacher's features.
+        taught = 0.3 if self.lookahead else 1.0
         defaults = {
             "readout_layers": 2 if learned else 0,
             "cross_entropy": 0.0 if with_teacher else 1.0,
             "similarity": 0.0 if with_teacher or self.error == "global" else 10.0,
-            "distillation": 1.0 if with_teacher else 0.0,
+            "distillation": taught if with_teacher else 0.0,
         }
         missing = {k: v for k, v in defaults.items() if getattr(self, k) is None}
         settings = self.model_copy(update=missing)
