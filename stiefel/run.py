@@ -55,13 +55,13 @@ def run(recipe: Recipe, folder: Path, console: Console, *, resume: bool = False)
     """
     road = Road(recipe, folder, console, resume)
     dense = road.dense()
-    factored = road.converted(dense) if recipe.convert else None
+    small = road.converted(dense) if recipe.convert else None
     if recipe.train:
-        factored = road.trained(factored or dense, dense)
+        small = road.trained(small, dense)
     if recipe.export:
-        road.exported(dense, factored)
+        road.exported(dense, small)
     if recipe.bench:
-        road.benched(dense, factored)
+        road.benched(dense, small)
     return road.finish()
 
 
@@ -124,12 +124,15 @@ class Road:
         self._measure("converted", model, path, None, convert_seconds=seconds)
         return model
 
-    def trained(self, model: nn.Module, dense: nn.Module) -> nn.Module:
-        """The factored model after local training."""
+    def trained(self, converted: nn.Module | None, dense: nn.Module) -> nn.Module:
+        """The factored model after local training; the dense one's copy where none is factored."""
         path, section = self.folder / "trained.safetensors", self.recipe.train
         if "trained" in self.figures:
             return load_any(path)
-        teacher = dense if section.teach and model is not dense else None
+        model, teacher = converted, dense if section.teach else None
+        if model is None:
+            # Training is in place, and a model has nothing to learn from itself.
+            model, teacher = load_any(self.folder / "dense.safetensors"), None
         settings = TrainSettings(**section.model_dump(exclude={"rule", "teach"}))
         history = self._train("training", model, section.rule, settings, teacher)
         save_factored(model, path, history={"step": "train-local", "rule": section.rule.name})
@@ -137,14 +140,13 @@ class Road:
         self._measure("trained", model, path, section.rule, teacher=teacher)
         return model
 
-    def exported(self, dense: nn.Module, factored: nn.Module | None) -> None:
+    def exported(self, dense: nn.Module, small: nn.Module | None) -> None:
         """The files for deployment, each proved against torch."""
         if "export" in self.figures:
             return
         formats, figures = self.recipe.export.formats, {}
-        small = factored if factored is not None else dense
-        stages = ("trained", "converted", "dense") if small is not dense else ("dense",)
-        known = next((self.figures[s]["accuracy"] for s in stages if self.figures.get(s)), None)
+        small = dense if small is None else small
+        known = self.figures[self._last_stage()]["accuracy"]
         if "safetensors" in formats:
             path = self.folder / "small.safetensors"
             result = export_safetensors(small, path, accuracy=known)
@@ -163,15 +165,15 @@ class Road:
                 figures[key] = _file_figures(result)
         self._keep("export", figures)
 
-    def benched(self, dense: nn.Module, factored: nn.Module | None) -> None:
+    def benched(self, dense: nn.Module, small: nn.Module | None) -> None:
         """Dense against factored, side by side."""
         if "bench" in self.figures:
             return
         suffix = ".onnx" if "onnx" in self.figures.get("export", {}) else ".safetensors"
-        contenders = {"dense": self.folder / f"dense{suffix}"}
-        if factored is not None:
-            contenders["factored"] = self.folder / f"small{suffix}"
-        models = {"dense": dense} | ({} if factored is None else {"factored": factored})
+        contenders, models = {"dense": self.folder / f"dense{suffix}"}, {"dense": dense}
+        if small is not None:
+            name = "factored" if self.recipe.convert else "trained"
+            contenders[name], models[name] = self.folder / f"small{suffix}", small
         with self.console.progress("bench") as progress:
             result = bench(
                 contenders,
@@ -261,6 +263,10 @@ class Road:
                 f"{stage}: the model's output isn't finite; no figure would mean much"
             )
         self._keep(stage, figures)
+
+    def _last_stage(self) -> str:
+        """The last stage that yielded a model."""
+        return next(s for s in ("trained", "converted", "dense") if s in self.figures)
 
     def _keep(self, stage: str, figures: Any) -> None:
         self.figures[stage] = figures

@@ -28,6 +28,13 @@ RECIPE = {
     "bench": {"batches": [1, 4], "rounds": 3, "calls": 3, "seconds": 0.2},
 }
 STAGES = ("dense", "converted", "trained")
+QUICK = RECIPE | {
+    "data": {"source": "digits", "limit_train": 200, "limit_test": 60},
+    "pretrain": {"epochs": 1},
+    "convert": {"rank": "params=0.5", "calibrate": None},
+    "train": {"epochs": 1},
+    "bench": {"batches": [1], "rounds": 3, "calls": 1, "warmup": 1, "seconds": 0.05},
+}
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +99,27 @@ def test_the_benchmark_has_a_row_for_each_model_runtime_and_batch(done):
         assert 0 < row["latency_ms_p50"] <= row["latency_ms_p95"]
         expected = 1000 * row["batch"] / row["latency_ms_p50"]
         assert row["throughput_per_s"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_without_conversion_a_copy_is_trained_and_the_dense_model_stays_as_it_was(tmp_path):
+    train = {"epochs": 1, "lr": 0.01, "rule": {"name": "bp"}}
+    recipe = Recipe.model_validate(QUICK | {"convert": None, "train": train})
+    report = running.run(recipe, tmp_path / "run", Console())
+    dense, trained = (load_any(tmp_path / "run" / f"{stage}.safetensors") for stage in STAGES[::2])
+    x = torch.randn(4, *dense.stiefel_spec.input.shape)
+    for name, model, other in (("dense", dense, trained), ("small", trained, dense)):
+        session = onnxruntime.InferenceSession(
+            tmp_path / "run" / f"{name}.onnx", providers=["CPUExecutionProvider"]
+        )
+        found = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+        torch.testing.assert_close(found, model(x).detach(), atol=1e-4, rtol=1e-4)
+        assert not torch.allclose(found, other(x), atol=1e-2)
+        facts = session.get_modelmeta().custom_metadata_map
+        stage = "dense" if model is dense else "trained"
+        assert float(facts["accuracy"]) == report[stage]["accuracy"]
+    assert {row["model"] for row in report["bench"]} == {"dense", "trained"}
+    state = torch.load(tmp_path / "run" / "training" / "state.pt", weights_only=True)
+    assert state["materials"]["teacher"] is False
 
 
 def test_a_report_without_diagnostics_leaves_no_earlier_plot_of_them(done, tmp_path):
