@@ -30,6 +30,7 @@ from stiefel.materials import (
     open_data,
     require_spec,
 )
+from stiefel.preflight import check
 from stiefel.recipe import Recipe, resolved, save_recipe
 from trainers.data import images
 from trainers.device import resolve_device
@@ -69,6 +70,7 @@ def dry_run(recipe: Recipe) -> RankPlan | None:
     """The rank plan of a recipe, from the model as it is before any training; writes nothing."""
     torch.manual_seed(recipe.seed)
     model = build(recipe.model)
+    check(recipe, model)
     if recipe.convert is None:
         return None
     data = None
@@ -86,6 +88,7 @@ class Road:
         torch.manual_seed(recipe.seed)
         # Everything that can be found wrong is found before the folder is touched.
         self._model = build(recipe.model, note=console.note)
+        check(recipe, self._model)
         self.data = open_data(recipe.data, self._model, seed=recipe.seed)
         self.figures = _open_folder(folder, recipe, resume)
 

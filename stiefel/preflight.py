@@ -1,0 +1,109 @@
+"""What can be found wrong with a recipe's later sections before anything is trained."""
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from converter.cost import count_macs, count_parameters, layer_calls
+from converter.errors import StiefelError
+from converter.factors import factored_layers
+from converter.layers import Layer, find_layers, prepared
+from converter.prices import MacPrices, ParameterPrices, Prices
+from converter.ranks import (
+    Budget,
+    Energy,
+    Fixed,
+    Option,
+    Policy,
+    check_rank,
+    meet_budget,
+    parse_rank,
+    policy_rank,
+)
+from converter.requests import Request, read_requests
+from stiefel.materials import calibration_images, example_of
+from stiefel.recipe import ConvertSection, Recipe, TrainSection
+from trainers.checks import check_factored
+from trainers.cuts import CutSettings, cut
+from trainers.rank_schedule import check_schedule, look
+from trainers.rules import SSA
+
+
+def check(recipe: Recipe, model: nn.Module) -> None:
+    """Refuse a recipe that would fail after the pretraining, whatever came of that.
+
+    What depends on the trained weights or on measured time shows in its own time.
+
+    Args:
+        model: the recipe's, as built; it is only looked at.
+
+    Raises:
+        StiefelError: the model is factored already, or the convert or train section can't be
+            carried out.
+    """
+    if layers := factored_layers(model):
+        raise StiefelError(
+            f"model: {next(iter(layers))} is factored already, and a recipe begins with a dense "
+            "model; train this one further with stiefel train-local"
+        )
+    factors = recipe.convert is not None and _check_convert(recipe.convert, model, recipe.seed)
+    if recipe.train:
+        _check_train(recipe.train, model, recipe.convert is not None, factors)
+
+
+def _check_convert(section: ConvertSection, model: nn.Module, seed: int) -> bool:
+    """Whether any layer may be factored; refuses what planning would, whatever the weights."""
+    policy = parse_rank(section.rank)
+    ready = prepared(model, share=True)
+    found = find_layers(ready)
+    requests = read_requests(found, policy, section.scheme, section.layers)
+    layers = [layer for layer in found if layer.tied_to is None]
+    _check_ranks(layers, requests, policy)
+    if isinstance(policy, Budget) and policy.cost != "latency":
+        prices: Prices = ParameterPrices(count_parameters(ready))
+        if policy.cost == "macs":
+            example = example_of(model)
+            prices = MacPrices(count_macs(ready, example), layer_calls(ready, example))
+        options = [_cheapest(layer, requests[layer.name], prices) for layer in layers]
+        rest = prices.whole - sum(prices.current(layer) for layer in layers)
+        meet_budget(options, policy, prices.whole, rest)
+    if section.calibrate not in (None, "data"):
+        calibration_images(
+            section.model_copy(update={"calibrate_images": 1}), model, None, seed=seed
+        )
+    return any(request.keep is None for request in requests.values())
+
+
+def _check_ranks(layers: Sequence[Layer], requests: Mapping[str, Request], policy: Policy) -> None:
+    """Refuse a rank that a layer can't have, or a common one that no layer can."""
+    for layer in layers:
+        request = requests[layer.name]
+        if request.forced and isinstance(request.policy, Fixed):
+            for scheme in request.schemes:
+                check_rank(layer.name, request.policy.rank, layer.highest_rank(scheme))
+    able = [layer for layer in layers if layer.refusal is None]
+    if isinstance(policy, Fixed) and able:
+        highest, name = max((max(map(one.highest_rank, one.schemes)), one.name) for one in able)
+        check_rank(f"{name}, the layer of highest rank", policy.rank, highest)
+
+
+def _cheapest(layer: Layer, request: Request, prices: Prices) -> list[Option]:
+    """A layer as it is and at its least; what either loses is not known yet."""
+    options = [Option(None, None, prices.current(layer), 0.0)]
+    for scheme in request.schemes if request.keep is None else ():
+        rank = 1
+        if request.forced and not isinstance(request.policy, Energy):
+            rank = policy_rank(request.policy, min(layer.shape(scheme)), None)
+        options.append(Option(scheme, rank, prices.factored(layer, scheme, rank), 0.0))
+    return options
+
+
+def _check_train(section: TrainSection, model: nn.Module, converts: bool, factors: bool) -> None:
+    rule = section.rule
+    if isinstance(rule, SSA):
+        rule.resolved(with_teacher=section.teach and converts)
+    if isinstance(rule, CutSettings) and rule.blocks:
+        cut(model, example_of(model), rule)
+    if not factors:
+        check_factored(model, rule)
+        check_schedule(section.ranks, section.epochs, look(model))

@@ -1,0 +1,85 @@
+"""What can be found wrong with a recipe is found before anything is trained."""
+
+import pytest
+import torch
+
+from converter.checkpoints import save_factored
+from converter.convert import convert, plan
+from converter.errors import StiefelError
+from converter.models import load
+from stiefel import run as running
+from stiefel.console import Console
+from stiefel.materials import example_of
+from stiefel.preflight import check
+from stiefel.recipe import Recipe
+
+RECIPE = {
+    "device": "cpu",
+    "data": {"source": "digits", "limit_train": 100, "limit_test": 20},
+    "model": {"name": "zoo:digits"},
+    "pretrain": {"epochs": 1},
+}
+SSA = {"name": "ssa"}
+MISTAKES = [
+    ({"convert": {"rank": "params=5"}}, "rank 'params=5' is not understood"),
+    ({"convert": {"rank": "half"}}, "rank 'half' is not understood"),
+    ({"convert": {"rank": "params=0.01"}}, "out of reach: with every layer at its smallest"),
+    ({"convert": {"rank": "macs=0.01"}}, "out of reach: with every layer at its smallest"),
+    ({"convert": {"rank": "9999"}}, "rank 9999 is not possible"),
+    ({"convert": {"layers": {"featres.*": "keep"}}}, "no layer matches 'featres.*'"),
+    ({"convert": {"layers": {"features.3": {"rank": 9999}}}}, "features.3: rank 9999"),
+    ({"convert": {"layers": {"features.3": {"rank": "nil"}}}}, "rank 'nil' is not understood"),
+    ({"convert": {"calibrate": "imagefolder:nowhere"}}, "nowhere"),
+    ({"train": {"rule": SSA}}, "no factored layer to train with rule ssa"),
+    ({"convert": {"rank": "0.5", "layers": {"*": "keep"}}, "train": {}}, "no factored layer"),
+    ({"train": {"rule": {"name": "bp"}, "ranks": {"final": "4"}}}, "no factored layer"),
+    ({"convert": {}, "train": {"rule": SSA | {"blocks": ["bloks.*"]}}}, "matches bloks"),
+    ({"convert": {}, "train": {"teach": False, "rule": SSA | {"lookahead": 1}}}, "lookahead"),
+]
+
+
+@pytest.mark.parametrize(("sections", "message"), MISTAKES)
+def test_a_mistake_in_a_later_section_is_refused_before_the_folder_is_touched(
+    sections, message, tmp_path
+):
+    recipe = Recipe.model_validate(RECIPE | sections)
+    with pytest.raises(StiefelError) as caught:
+        running.run(recipe, tmp_path / "run", Console())
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_factored_model_is_refused_by_a_recipe_that_begins_with_a_dense_one(tmp_path):
+    path = tmp_path / "small.safetensors"
+    model = load("zoo:digits")
+    save_factored(convert(model, plan(model, 0.25)), path)
+    recipe = Recipe.model_validate(RECIPE | {"model": {"checkpoint": str(path)}, "train": {}})
+    with pytest.raises(StiefelError, match="factored already"):
+        running.run(recipe, tmp_path / "run", Console())
+
+
+OWN_RANKS = (
+    {},
+    {"features.3": "keep"},
+    {"features.3": {"rank": 9}},
+    {"classifier.1": {"rank": 0.5}},
+)
+
+
+@pytest.mark.parametrize("cost", ["params", "macs"])
+@pytest.mark.parametrize("layers", OWN_RANKS)
+def test_a_budget_is_refused_where_and_as_planning_refuses_it(cost, layers):
+    torch.manual_seed(0)
+    model = load("zoo:digits")
+
+    def checked(rank):
+        check(Recipe.model_validate(RECIPE | {"convert": {"rank": rank, "layers": layers}}), model)
+
+    with pytest.raises(StiefelError, match="out of reach") as planned:
+        plan(model, f"{cost}=0.001", layers=layers, example=example_of(model))
+    with pytest.raises(StiefelError) as refused:
+        checked(f"{cost}=0.001")
+    assert str(refused.value) == str(planned.value)
+    least = str(planned.value).split(f"{cost}=")[-1].removesuffix(" is left")
+    checked(f"{cost}={least}")
