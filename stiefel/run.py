@@ -172,11 +172,14 @@ class Road:
         """Dense against factored, side by side."""
         if "bench" in self.figures:
             return
-        suffix = ".onnx" if "onnx" in self.figures.get("export", {}) else ".safetensors"
-        contenders, models = {"dense": self.folder / f"dense{suffix}"}, {"dense": dense}
+        # Without ONNX files, the run's own checkpoints.
+        files = ("dense.safetensors", f"{self._last_stage()}.safetensors")
+        if "onnx" in self.figures.get("export", {}):
+            files = ("dense.onnx", "small.onnx")
+        contenders, models = {"dense": self.folder / files[0]}, {"dense": dense}
         if small is not None:
             name = "factored" if self.recipe.convert else "trained"
-            contenders[name], models[name] = self.folder / f"small{suffix}", small
+            contenders[name], models[name] = self.folder / files[1], small
         with self.console.progress("bench") as progress:
             result = bench(
                 contenders,

@@ -1,6 +1,7 @@
 """The whole road on real images: every step does its work, and an interrupted run goes on."""
 
 import json
+from types import SimpleNamespace
 
 import onnxruntime
 import pytest
@@ -33,7 +34,7 @@ QUICK = RECIPE | {
     "pretrain": {"epochs": 1},
     "convert": {"rank": "params=0.5", "calibrate": None},
     "train": {"epochs": 1},
-    "bench": {"batches": [1], "rounds": 3, "calls": 1, "warmup": 1, "seconds": 0.05},
+    "bench": {"runtimes": ["torch"], "batches": [1], "rounds": 3, "calls": 1, "warmup": 1},
 }
 
 
@@ -101,25 +102,44 @@ def test_the_benchmark_has_a_row_for_each_model_runtime_and_batch(done):
         assert row["throughput_per_s"] == pytest.approx(expected, rel=1e-3)
 
 
-def test_without_conversion_a_copy_is_trained_and_the_dense_model_stays_as_it_was(tmp_path):
-    train = {"epochs": 1, "lr": 0.01, "rule": {"name": "bp"}}
-    recipe = Recipe.model_validate(QUICK | {"convert": None, "train": train})
-    report = running.run(recipe, tmp_path / "run", Console())
-    dense, trained = (load_any(tmp_path / "run" / f"{stage}.safetensors") for stage in STAGES[::2])
-    x = torch.randn(4, *dense.stiefel_spec.input.shape)
-    for name, model, other in (("dense", dense, trained), ("small", trained, dense)):
-        session = onnxruntime.InferenceSession(
-            tmp_path / "run" / f"{name}.onnx", providers=["CPUExecutionProvider"]
-        )
-        found = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
-        torch.testing.assert_close(found, model(x).detach(), atol=1e-4, rtol=1e-4)
-        assert not torch.allclose(found, other(x), atol=1e-2)
-        facts = session.get_modelmeta().custom_metadata_map
-        stage = "dense" if model is dense else "trained"
-        assert float(facts["accuracy"]) == report[stage]["accuracy"]
-    assert {row["model"] for row in report["bench"]} == {"dense", "trained"}
+def test_without_conversion_a_copy_is_trained_and_the_dense_model_stays_as_it_was(
+    tmp_path, monkeypatch
+):
+    exported = {}
+
+    def export(model, path, *, accuracy, **options):
+        exported[path.name] = model, accuracy
+        figures = {"max_abs_error": 0.0, "outputs_compared": 1}
+        return SimpleNamespace(path=path, model_dump=lambda mode: figures)
+
+    monkeypatch.setattr(running, "export_onnx", export)
+    sections = {"convert": None, "train": QUICK["train"] | {"rule": {"name": "bp"}}}
+    sections |= {"export": {"formats": ["onnx"]}, "bench": None}
+    report = running.run(Recipe.model_validate(QUICK | sections), tmp_path / "run", Console())
+    weights = []
+    for stage, name in (("dense", "dense.onnx"), ("trained", "small.onnx")):
+        model, accuracy = exported[name]
+        kept = load_any(tmp_path / "run" / f"{stage}.safetensors").state_dict()
+        torch.testing.assert_close(model.state_dict(), kept, rtol=0, atol=0)
+        assert accuracy == report[stage]["accuracy"]
+        weights.append(kept["features.0.weight"])
+    assert not torch.equal(*weights)
     state = torch.load(tmp_path / "run" / "training" / "state.pt", weights_only=True)
     assert state["materials"]["teacher"] is False
+
+
+@pytest.mark.parametrize("export", [None, {"formats": []}])
+@pytest.mark.parametrize(("done", "skipped"), [("converted", "train"), ("trained", "convert")])
+def test_what_is_not_exported_is_timed_from_the_run_s_own_checkpoints(
+    export, done, skipped, tmp_path
+):
+    train = QUICK["train"] | {"rule": {"name": "bp"}}
+    sections = {"pretrain": None, "train": train, "export": export, skipped: None}
+    report = running.run(Recipe.model_validate(QUICK | sections), tmp_path / "run", Console())
+    name = "factored" if done == "converted" else "trained"
+    assert [row["model"] for row in report["bench"]] == ["dense", name]
+    sizes = [report[stage]["file_size_bytes"] for stage in ("dense", done)]
+    assert [row["file_size_bytes"] for row in report["bench"]] == sizes
 
 
 def test_a_report_without_diagnostics_leaves_no_earlier_plot_of_them(done, tmp_path):
