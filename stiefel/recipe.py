@@ -17,6 +17,8 @@ from stiefel.validation import describe, line_of
 from trainers.rules import BP, DFA, SSA
 from trainers.trainer import TrainSettings
 
+# Sections that train, and which of their settings stand at the recipe's top instead.
+_TRAININGS, _COMMON = ("pretrain", "train"), ("seed", "device")
 RuleChoice = Annotated[SSA | DFA | BP, Field(discriminator="name")]
 
 
@@ -164,8 +166,10 @@ def load_recipe(path: str | Path, changes: tuple[str, ...] = ()) -> Recipe:
 
 
 def resolved(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as plain data with every default filled in."""
-    return recipe.model_dump(mode="json")
+    """The recipe as plain data with every default filled in, as `load_recipe` reads it."""
+    document = recipe.model_dump(mode="json", exclude={key: set(_COMMON) for key in _TRAININGS})
+    # Read again, a section that is null would ask for its defaults.
+    return {key: False if value is None else value for key, value in document.items()}
 
 
 def save_recipe(recipe: Recipe, path: str | Path) -> None:
@@ -187,9 +191,9 @@ def _origin(
 
 def _refuse_second_homes(document: dict[str, Any], path: Path) -> None:
     """Seed and device hold for the whole recipe, so a section may not have its own."""
-    for section in ("pretrain", "train"):
+    for section in _TRAININGS:
         fields = document.get(section)
-        for key in ("seed", "device"):
+        for key in _COMMON:
             if isinstance(fields, dict) and key in fields:
                 raise StiefelError(
                     f"{path}: {section}.{key} has no place there; write {key} once, at the top"
