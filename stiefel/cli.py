@@ -52,7 +52,8 @@ from stiefel.recipe import (
     load_recipe,
     resolved,
 )
-from stiefel.run import default_folder, dry_run, run
+from stiefel.run import dry_run, run
+from stiefel.run_folder import STATE, default_folder, resume_command
 from trainers.cuts import CutSettings, describe_cuts
 from trainers.data import images
 from trainers.device import resolve_device
@@ -106,12 +107,13 @@ def run_command(
     try:
         report = run(recipe, folder, console, resume=resume)
     except KeyboardInterrupt:
-        console.note(f"go on with: stiefel run {recipe_file} --out {folder} --resume")
+        if (folder / STATE).is_file():
+            console.note(f"go on with: {resume_command(recipe_file, changes, folder)}")
         raise
     console.show(rendering.table(report))
     for line in rendering.closing_lines(report):
         console.show(line)
-    console.show(f"Everything is in {folder}/ (report.md, report.json, plots, checkpoints, ONNX).")
+    console.show(f"Everything is in {folder}/; begin with report.md.")
 
 
 @main.command()

@@ -1,6 +1,5 @@
 """A recipe, start to end: build → pretrain → convert → train → export → bench → report."""
 
-import json
 import math
 import time
 from pathlib import Path
@@ -13,7 +12,6 @@ from converter import convert as factoring
 from converter.checkpoints import load_any, save_dense, save_factored
 from converter.cost import count_macs, count_parameters
 from converter.errors import StiefelError
-from converter.files import write_text
 from converter.ranks import RankPlan
 from export.bench import bench
 from export.doctor import environment
@@ -31,7 +29,8 @@ from stiefel.materials import (
     require_spec,
 )
 from stiefel.preflight import check
-from stiefel.recipe import Recipe, resolved, save_recipe
+from stiefel.recipe import Recipe, resolved
+from stiefel.run_folder import keep, open_folder
 from trainers.data import images
 from trainers.device import resolve_device
 from trainers.evaluate import evaluate
@@ -39,7 +38,6 @@ from trainers.memory import activation_memory_mib
 from trainers.rules import BP
 from trainers.trainer import History, TrainSettings, train_local
 
-STATE = "state.json"
 # The training batch whose activations are weighed: small enough for any machine, scales linearly.
 MEMORY_BATCH = 64
 
@@ -48,7 +46,8 @@ def run(recipe: Recipe, folder: Path, console: Console, *, resume: bool = False)
     """Carry out a recipe in a run folder and return its report.
 
     Each stage leaves its checkpoint and its figures in the folder, so that `resume` goes on where
-    an interrupted run stopped, in the middle of training too.
+    an interrupted run stopped, in the middle of training too. Sections of stages that have not
+    begun may differ from those of the interrupted run.
 
     Raises:
         StiefelError: a stage could not be done; what came before it is kept.
@@ -90,7 +89,7 @@ class Road:
         self._model = build(recipe.model, note=console.note)
         check(recipe, self._model)
         self.data = open_data(recipe.data, self._model, seed=recipe.seed)
-        self.figures = _open_folder(folder, recipe, resume)
+        self.figures = open_folder(folder, recipe, resume=resume)
 
     def dense(self) -> nn.Module:
         """The dense model, trained first where the recipe says so."""
@@ -276,8 +275,7 @@ class Road:
 
     def _keep(self, stage: str, figures: Any) -> None:
         self.figures[stage] = figures
-        state = {"recipe": resolved(self.recipe), "figures": self.figures}
-        write_text(self.folder / STATE, json.dumps(state))
+        keep(self.folder, self.recipe, self.figures)
 
     def _test_images(self) -> torch.Tensor:
         return images(self.data.test, min(8, len(self.data.test)), self.recipe.seed)
@@ -298,38 +296,3 @@ def history_figures(history: History) -> dict[str, Any]:
 def _file_figures(result: ExportResult) -> dict[str, Any]:
     """An export's figures, its path relative to the run folder, which may be moved."""
     return {**result.model_dump(mode="json"), "path": result.path.name}
-
-
-def _open_folder(folder: Path, recipe: Recipe, resume: bool) -> dict[str, Any]:
-    """The figures of an earlier, interrupted run of the same recipe, or none.
-
-    Raises:
-        StiefelError: the folder can't be made or written, or holds another run.
-    """
-    state = folder / STATE
-    if folder.exists() and not folder.is_dir():
-        raise StiefelError(f"{folder} is a file; name a folder for the run")
-    if resume and state.is_file():
-        try:
-            kept = json.loads(state.read_text(encoding="utf-8"))
-            same, figures = kept["recipe"] == resolved(recipe), dict(kept["figures"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise StiefelError(f"{state} can't be read; start anew without --resume") from error
-        if not same:
-            raise StiefelError(f"{folder} holds a run of another recipe; name another --out")
-        return figures
-    if folder.is_dir() and any(folder.iterdir()) and not resume:
-        raise StiefelError(f"{folder} is not empty; name another --out, or go on with --resume")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_recipe(recipe, folder / "recipe.yaml")
-    except OSError as error:
-        raise StiefelError(f"cannot make the run folder {folder}: {error.strerror}") from error
-    return {}
-
-
-def default_folder(recipe: Recipe) -> Path:
-    """`runs/NAME`, or the first of `runs/NAME-2`, … that doesn't exist yet."""
-    base = Path("runs") / recipe.name
-    candidates = (base, *(base.with_name(f"{base.name}-{k}") for k in range(2, 10_000)))
-    return next(folder for folder in candidates if not folder.exists())

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from converter.models import load
 from export import parity
 from export.safetensors import read_metadata
 from stiefel.cli import main
+from stiefel.run_folder import open_folder
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
@@ -289,6 +291,37 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     assert result.exit_code == 1
     assert str(blocked) in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_an_interrupted_run_prints_the_very_command_that_goes_on_with_it(tmp_path, monkeypatch):
+    recipe, folder = tmp_path / "my recipe.yaml", tmp_path / "run 11"
+    recipe.write_text("model: {name: zoo:digits}\ndata: {source: digits}\n")
+    calls = []
+
+    def interrupt(recipe, folder, console, *, resume):
+        calls.append((recipe, folder))
+        open_folder(folder, recipe, resume=resume)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("stiefel.cli.run", interrupt)
+    sets = ("--set", "seed=7", "--set", "convert={rank: 8, calibrate: null}")
+    result = stiefel("run", recipe, *sets, "--out", folder)
+    assert result.exit_code == 130
+    command = result.stderr.split("go on with: ")[1].splitlines()[0]
+    name, *arguments = shlex.split(command)
+    assert (name, arguments[-1]) == ("stiefel", "--resume")
+    assert stiefel(*arguments).exit_code == 130
+    assert calls[0] == calls[1]
+
+
+def test_an_interrupt_before_there_is_anything_to_resume_suggests_nothing(tmp_path, monkeypatch):
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("stiefel.cli.run", interrupt)
+    result = stiefel("run", RECIPES / "digits.yaml", "--out", tmp_path / "run")
+    assert result.exit_code == 130
+    assert "go on with" not in result.stderr
 
 
 def test_an_interrupted_command_exits_with_130(small, tmp_path, monkeypatch):

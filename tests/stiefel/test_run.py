@@ -179,6 +179,28 @@ def test_an_interrupted_run_resumed_ends_where_an_uninterrupted_one_does(
     assert factored_layers(load_any(tmp_path / "run" / "trained.safetensors"))
 
 
+def test_a_run_that_failed_goes_on_with_the_recipe_corrected_there(tmp_path, monkeypatch):
+    recipe = QUICK | {"train": None, "export": None, "bench": None}
+    calls, real = [], running.train_local
+
+    def counted(*arguments, **options):
+        calls.append(arguments)
+        return real(*arguments, **options)
+
+    def failing(*arguments, **options):
+        raise StiefelError("no plan was fast enough")
+
+    monkeypatch.setattr(running, "train_local", counted)
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "make_plan", failing)
+        with pytest.raises(StiefelError, match="fast enough"):
+            running.run(Recipe.model_validate(recipe), tmp_path / "run", Console())
+    corrected = Recipe.model_validate(recipe | {"convert": {"rank": "8", "calibrate": None}})
+    report = running.run(corrected, tmp_path / "run", Console(), resume=True)
+    assert len(calls) == 1
+    assert report["plan"]["policy"] == report["recipe"]["convert"]["rank"] == "8"
+
+
 def test_a_folder_with_something_in_it_is_left_alone(done):
     folder, _ = done
     before = sorted(path.name for path in folder.iterdir())
