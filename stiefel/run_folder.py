@@ -82,8 +82,8 @@ def _figures_so_far(folder: Path, recipe: Recipe) -> dict[str, Any]:
             anew = training and stage not in figures
             remedy = f"remove {folder / training} to train anew" if anew else "name another --out"
             raise StiefelError(
-                f"{folder} holds a run of another recipe: it went by another {section}; "
-                f"resume with the same, or {remedy}"
+                f"{folder} holds a run of another recipe: its {section} differs; resume with the "
+                f"same, or {remedy}"
             )
     return figures
 

@@ -65,14 +65,14 @@ def test_sections_of_stages_that_have_not_begun_may_be_corrected(begun, stages, 
 @pytest.mark.parametrize(
     ("stages", "training", "change", "culprit"),
     [
-        ((), ("pretraining",), {"seed": 1}, "another seed"),
-        ((), ("pretraining",), {"pretrain": {"epochs": 2}}, "another pretrain"),
-        (("dense",), (), {"pretrain": None}, "another pretrain"),
-        (("dense",), (), {"model": {"name": "zoo:mlp"}}, "another model"),
-        (("dense", "converted"), (), {"convert": {"rank": "8"}}, "another convert"),
+        ((), ("pretraining",), {"seed": 1}, "its seed differs"),
+        ((), ("pretraining",), {"pretrain": {"epochs": 2}}, "its pretrain differs"),
+        (("dense",), (), {"pretrain": None}, "its pretrain differs"),
+        (("dense",), (), {"model": {"name": "zoo:mlp"}}, "its model differs"),
+        (("dense", "converted"), (), {"convert": {"rank": "8"}}, "its convert differs"),
         (("dense", "converted"), ("training",), {"train": {"epochs": 3}}, "remove .*training to"),
-        (("dense", "converted", "trained"), (), {"train": {"epochs": 3}}, "another train"),
-        (("dense", "converted", "trained", "bench"), (), {"export": {}}, "another export"),
+        (("dense", "converted", "trained"), (), {"train": {"epochs": 3}}, "its train differs"),
+        (("dense", "converted", "trained", "bench"), (), {"export": {}}, "its export differs"),
     ],
 )
 def test_sections_that_the_run_went_by_may_not_differ_and_all_is_left_as_it_was(
