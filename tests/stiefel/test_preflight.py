@@ -1,5 +1,7 @@
 """What can be found wrong with a recipe is found before anything is trained."""
 
+import re
+
 import pytest
 import torch
 
@@ -48,6 +50,8 @@ def test_a_mistake_in_a_later_section_is_refused_before_the_folder_is_touched(
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
+    with pytest.raises(StiefelError, match=re.escape(str(caught.value))):
+        running.dry_run(recipe)
 
 
 def test_a_factored_model_is_refused_by_a_recipe_that_begins_with_a_dense_one(tmp_path):
