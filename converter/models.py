@@ -18,7 +18,7 @@ from converter.factories import (
     import_factory,
     refuse_unless_factory,
 )
-from converter.specs import InputSpec, ModelSpec, checked_args, parse_shape, spec_of
+from converter.specs import InputChange, InputSpec, ModelSpec, checked_args, parse_shape, spec_of
 from converter.state_dicts import load_state, read_state
 from converter.zoo import ZOO, default_input
 
@@ -35,7 +35,7 @@ def load(
     checkpoint: str | Path | None = None,
     weights: str | None = None,
     args: Mapping[str, Any] | None = None,
-    input: InputSpec | None = None,
+    input: InputSpec | InputChange | None = None,
     rename: Sequence[str] = (),
     variant: str | None = None,
     note: Callable[[str], None] | None = None,
@@ -48,7 +48,8 @@ def load(
         checkpoint: a .safetensors file (or the index of a sharded one), .pt or .pth.
         weights: torchvision's or timm's own weights, such as "DEFAULT"; needs a network.
         args: keyword arguments of the factory; plain data only, for a checkpoint repeats them.
-        input: what the model expects of images, if not what the source says.
+        input: what the model expects of images, if not what the source says: all of it, or what
+            differs.
         rename: 'REGEX=REPLACEMENT' rules for the checkpoint's keys.
         variant: which weights to take where a checkpoint holds several, such as "ema".
         note: called with each remark about the checkpoint (what was ignored); a warning if None.
@@ -74,10 +75,11 @@ def load(
             source=checkpoint,
             note=note,
         )
-    if input is None and expected is None:
-        expected = InputSpec()
+    if expected is None and (input is None or input.shape is None):
         note(f"{name}: taking ImageNet's input, 3x224x224; give an input to say otherwise")
-    expected = input or expected
+    expected = expected or InputSpec()
+    if input is not None:
+        expected = input.of(expected) if isinstance(input, InputChange) else input
     num_classes = _count_classes(name, model.eval(), expected)
     model.stiefel_spec = ModelSpec(
         name=absolute_name(name), args=used, input=expected, num_classes=num_classes

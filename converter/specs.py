@@ -62,6 +62,46 @@ class InputSpec(Settings):
         return cls(shape=shape, mean=mean, std=std, **fields)
 
 
+class InputChange(Settings):
+    """What is to be said otherwise of a model's input; what is none stays as the model has it."""
+
+    shape: tuple[int, int, int] | None = Field(
+        None, description="channels, height and width of one image; none: the model's own"
+    )
+    mean: tuple[float, ...] | None = Field(
+        None, description="subtracted from each channel, scaled to 0..1; none: the model's own"
+    )
+    std: tuple[float, ...] | None = Field(
+        None, description="each channel's standard deviation, divided by; none: the model's own"
+    )
+    resize: int | None = Field(
+        None,
+        ge=1,
+        description="short side to resize to before the centre crop; none: the model's own, or to "
+        "cover another shape",
+    )
+    interpolation: Literal["nearest", "bilinear", "bicubic"] | None = Field(
+        None, description="how images are resized; none: the model's own"
+    )
+
+    def of(self, expected: InputSpec) -> InputSpec:
+        """The model's input with these changes.
+
+        A resize belongs to the shape that is cropped from it: another shape drops it.
+
+        Raises:
+            StiefelError: the changes don't fit what stays, such as three means for one channel.
+        """
+        changes = {key: value for key, value in self if value is not None}
+        if changes.get("shape", expected.shape) != expected.shape:
+            changes = {"resize": None} | changes
+        try:
+            return InputSpec(**dict(expected) | changes)
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise StiefelError(f"the model's input: {reason}") from error
+
+
 class ModelSpec(Settings):
     """Name, arguments and input of a model: what `converter.models.load` needs to rebuild it."""
 

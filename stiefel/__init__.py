@@ -21,7 +21,7 @@ _HOMES = {
     "converter.inspect": "inspect",
     "converter.models": "load",
     "converter.ranks": "Budget Energy Fixed Fraction RankPlan",
-    "converter.specs": "InputSpec ModelSpec spec_of",
+    "converter.specs": "InputChange InputSpec ModelSpec spec_of",
     "export.bench": "BenchSettings bench",
     "export.compact": "compact",
     "export.doctor": "doctor",

@@ -10,7 +10,7 @@ from converter.calibration import Calibration
 from converter.errors import StiefelError
 from converter.files import write_text
 from converter.settings import Settings
-from converter.specs import InputSpec
+from converter.specs import InputChange
 from export.bench import BenchSettings
 from export.onnx import OnnxSettings
 from stiefel.validation import describe, line_of
@@ -58,8 +58,8 @@ class ModelSection(Settings):
     variant: str | None = Field(
         None, description="which of several nested state dicts, such as model_ema"
     )
-    input: InputSpec | None = Field(
-        None, description="shape, mean and std of its images; none: the model's own"
+    input: InputChange | None = Field(
+        None, description="what differs of its images' shape, mean, std, resize, interpolation"
     )
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from converter.errors import StiefelError
 from converter.models import InputSpec, ModelSpec, load, parse_args, parse_shape, rebuild, spec_of
+from converter.specs import InputChange
 
 FACTORY = """
 from torch import nn
@@ -55,6 +56,27 @@ def test_a_zoo_model_knows_its_name_input_and_classes():
 def test_an_input_of_the_users_own_replaces_the_default():
     own = InputSpec(shape=(3, 64, 64), mean=(0.5,) * 3, std=(0.5,) * 3)
     assert spec_of(load("zoo:resnet20", input=own)).input == own
+
+
+@pytest.mark.parametrize(
+    ("change", "differs"),
+    [
+        ({"interpolation": "bicubic"}, {"interpolation": "bicubic"}),
+        ({"mean": (0.5, 0.5, 0.5)}, {"mean": (0.5, 0.5, 0.5)}),
+        ({"shape": (3, 64, 64)}, {"shape": (3, 64, 64), "resize": None}),
+        ({"shape": (3, 224, 224)}, {}),
+        ({}, {}),
+    ],
+)
+def test_of_an_input_only_what_is_named_changes(change, differs):
+    own = spec_of(load("torchvision:mobilenet_v3_small")).input
+    found = spec_of(load("torchvision:mobilenet_v3_small", input=InputChange(**change))).input
+    assert found == InputSpec(**dict(own) | differs)
+
+
+def test_a_change_that_does_not_fit_what_stays_is_refused():
+    text = complaint("zoo:resnet20", input=InputChange(mean=(0.5,)))
+    assert "mean has 1 values for 3 channels" in text
 
 
 def test_torchvision_models_expect_what_their_published_weights_do():

@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 from converter import convert as factoring
 from converter.checkpoints import load_any, save_dense
 from converter.factors import factored_layers
-from converter.models import load
+from converter.models import load, spec_of
 from export import parity
 from export.safetensors import read_metadata
 from stiefel.cli import main
@@ -61,6 +61,16 @@ def test_convert_prints_the_plan_and_writes_a_factored_checkpoint(dense, tmp_pat
     found = factored_layers(load_any(tmp_path / "again.safetensors"))
     assert {name: layer.rank for name, layer in found.items()} == ranks
     assert json.loads((tmp_path / "result.json").read_text())["layers"]
+
+
+def test_one_input_option_leaves_the_rest_of_the_models_input_alone(tmp_path):
+    out = tmp_path / "small.safetensors"
+    named = ("--input-interpolation", "bicubic", "-o", out)
+    result = stiefel("convert", "--model", "zoo:resnet20", "--rank", "0.25", *named)
+    assert result.exit_code == 0, result.output
+    own = spec_of(load("zoo:resnet20")).input
+    assert spec_of(load_any(out)).input == own.model_copy(update={"interpolation": "bicubic"})
+    assert "[default: 3,224,224]" not in stiefel("inspect", "--help").output
 
 
 def test_a_dry_run_writes_nothing(dense, tmp_path):

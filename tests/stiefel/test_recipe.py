@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 
 from converter.errors import StiefelError
+from converter.specs import InputSpec, spec_of
+from stiefel.materials import build
 from stiefel.recipe import load_recipe, resolved, save_recipe
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -26,6 +28,15 @@ def test_a_resolved_recipe_read_again_is_the_same(tmp_path, changes):
     recipe = load_recipe(RECIPES / "digits.yaml", changes)
     save_recipe(recipe, tmp_path / "again.yaml")
     assert load_recipe(tmp_path / "again.yaml") == recipe
+
+
+def test_a_recipe_may_name_a_part_of_the_models_input(tmp_path):
+    recipe = load_recipe(RECIPES / "digits.yaml", ("model.input={mean: [0.5]}",))
+    save_recipe(recipe, tmp_path / "again.yaml")
+    for one in (recipe, load_recipe(tmp_path / "again.yaml")):
+        assert spec_of(build(one.model)).input == InputSpec(
+            shape=(1, 8, 8), mean=(0.5,), std=(1.0,)
+        )
 
 
 def test_absent_sections_are_skipped_and_empty_ones_take_their_defaults(tmp_path):
