@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from converter.calibration import Calibration, fit_to, narrow, widen
-from converter.errors import StiefelError, did_you_mean
-from converter.layers import Layer, closed, find_layers, install, prepared
+from converter.layers import closed, find_layers, install, prepared
 from converter.planning import plan
-from converter.ranks import RankPlan, check_rank
+from converter.ranks import RankPlan
 from converter.reconstruction import reconstruct
 from converter.refinement import refine
+from converter.revision import check_plan, revise
 from converter.spectra import Progress, calibrated, layer_factors
 
-__all__ = ["convert", "plan"]
+__all__ = ["convert", "plan", "revise"]
 
 
 def convert(
@@ -33,7 +32,7 @@ def convert(
 
     Args:
         model: the model that was planned for; it is left as it is.
-        plan: see `plan`; may have been edited, or read from JSON.
+        plan: see `plan`; may have been edited, or read from JSON (see `revise`).
         calibration: unlabelled images (N, C, H, W), normalised, to keep accuracy by; see
             `converter.calibration`.
         settings: which calibration steps run.
@@ -54,14 +53,16 @@ def convert(
     planned = [found[entry.name] for entry in plan.factored]
     moments = calibrated(ready, calibration, planned, settings, device, progress)
     new: dict[str, nn.Module] = {}
+    errors: dict[str, float | None] = {}
     for done, entry in enumerate(plan.factored):
         if progress:
             progress(entry.name, done, len(plan.factored))
         layer = found[entry.name]
         if entry.tied_to is not None:
-            factors = new[entry.tied_to].factors()
+            factors, errors[entry.name] = new[entry.tied_to].factors(), errors[entry.tied_to]
         else:
-            factors = layer_factors(layer, entry, plan, device, moments)
+            factors, error = layer_factors(layer, entry, plan, device, moments)
+            errors[entry.name] = error
         new[entry.name] = layer.factored(factors, entry.scheme)
     if calibration is None:
         small = install(ready, new)
@@ -70,7 +71,12 @@ def convert(
         _reconstruct(ready, small, plan, calibration, settings, device, progress)
         narrow(small, was)
     small = closed(small)
-    small.stiefel_plan = plan.without_spectra()
+    # An edited plan's errors may be those of other ranks.
+    layers = tuple(
+        entry.model_copy(update={"expected_error": errors.get(entry.name, entry.expected_error)})
+        for entry in plan.layers
+    )
+    small.stiefel_plan = plan.model_copy(update={"layers": layers}).without_spectra()
     if progress:
         progress("converted", len(new), len(new))
     return small
@@ -94,26 +100,3 @@ def _reconstruct(
     if settings.refine_steps:
         refine(dense, small, images, settings, progress)
     small.to(home)
-
-
-def check_plan(plan: RankPlan, found: Mapping[str, Layer]) -> None:
-    """Refuse a plan that was made for another model, naming the first layer that differs."""
-    for entry in plan.factored:
-        layer = found.get(entry.name)
-        if layer is None:
-            raise StiefelError(
-                f"the plan's layer '{entry.name}' is not in the model"
-                f"{did_you_mean(entry.name, found)}"
-            )
-        if layer.refusal:
-            raise StiefelError(f"{entry.name} cannot be factored: {layer.refusal}")
-        if tuple(layer.weight_shape) != tuple(entry.shape):
-            raise StiefelError(
-                f"the plan's layer '{entry.name}' has weight {tuple(entry.shape)}, the model's has "
-                f"{tuple(layer.weight_shape)}: the plan is for another model"
-            )
-        if (entry.scheme is None) != (None in layer.schemes) and not layer.is_factored:
-            raise StiefelError(f"{entry.name}: scheme {entry.scheme} does not suit a {layer.kind}")
-        if entry.tied_to != layer.tied_to:
-            raise StiefelError(f"{entry.name}: shares its weight in the model or plan only")
-        check_rank(entry.name, entry.rank, layer.highest_rank(entry.scheme))

@@ -55,6 +55,8 @@ def plan(
     """
     policy = parse_rank(rank)
     ready = prepared(model, share=calibration is None)
+    if next(ready.parameters(), None) is None:
+        raise StiefelError("the model has no parameters: there is nothing to factor")
     if calibration is not None:
         widen(ready)
     found = find_layers(ready)
@@ -101,7 +103,7 @@ def plan(
         progress("plan", len(owners), len(owners))
     result = RankPlan(
         layers=tuple(
-            _entry(layer, decisions[layer.tied_to or layer.name], macs, calls, decompose.known)
+            layer_plan(layer, decisions[layer.tied_to or layer.name], macs, calls, decompose.known)
             for layer in found
         ),
         policy=str(policy),
@@ -168,13 +170,14 @@ def _check_fixed(policy: Fixed, layers: Sequence[Layer]) -> None:
         ranks.check_rank(f"{name}, the layer of highest rank", policy.rank, highest[name])
 
 
-def _entry(
+def layer_plan(
     layer: Layer,
     decision: Decision,
     macs: int | None,
     calls: Mapping[str, Sequence[cost.Call]],
     known: Mapping[tuple[str, str | None], Spectrum],
 ) -> LayerPlan:
+    """What a decision on a layer comes to: parameters, MACs where they were counted, error."""
     scheme, shape = decision.scheme, layer.weight_shape
     can = layer.refusal is None
     counted, per_rank = None, None

@@ -8,6 +8,7 @@ layer's options, and bisect λ until the cost meets the budget.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from pydantic import Field, PrivateAttr, computed_field, model_validator
 from converter.decompose import Spectrum
 from converter.errors import StiefelError, did_you_mean
 from converter.knapsack import cheapest, fill, spend
+from converter.schemes import Scheme, matrix_shape
 from converter.settings import Settings
 
 TOLERANCE = 0.01  # a budget is met within this fraction of the whole model's cost
@@ -114,13 +116,13 @@ def parse_rank(text: Policy | str | int | float) -> Policy:
 class LayerPlan(Settings):
     """What becomes of one layer.
 
-    Edit a plan with `RankPlan.with_rank`, or the rank in its JSON: what follows from the rank is
-    computed anew.
+    Edit a plan with `RankPlan.with_rank`, or scheme and rank in its JSON: `revise` then finds anew
+    what follows from them.
     """
 
     name: str = Field(description="the layer, as in model.named_modules()")
     kind: str = Field(description="Linear, Conv2d, ...; 'factored Conv2d' if it already was")
-    scheme: str | None = Field(None, description="spatial or channel; none for linear layers")
+    scheme: Scheme | None = Field(None, description="spatial or channel; none for linear layers")
     rank: int | None = Field(None, description="rank to factor to; none keeps the layer as it is")
     full_rank: int = Field(0, description="the rank at which nothing is lost")
     current_rank: int | None = Field(None, description="the rank of a layer that is factored")
@@ -170,7 +172,11 @@ class LayerPlan(Settings):
     @property
     def highest_rank(self) -> int:
         """The highest rank that can be asked for."""
-        return self.full_rank if self.current_rank is None else self.current_rank
+        if self.current_rank is not None:
+            return self.current_rank
+        if self.scheme is None:
+            return self.full_rank
+        return min(matrix_shape(self.shape, self.scheme, self.groups))
 
 
 class RankPlan(Settings):
@@ -196,6 +202,12 @@ class RankPlan(Settings):
         if isinstance(data, dict):
             return {k: v for k, v in data.items() if k not in cls.model_computed_fields}
         return data
+
+    @model_validator(mode="after")
+    def _each_layer_once(self) -> RankPlan:
+        if twice := [name for name, count in Counter(self.names).items() if count > 1]:
+            raise StiefelError(f"the plan has the layer '{twice[0]}' twice")
+        return self
 
     @computed_field
     @property

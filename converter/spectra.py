@@ -72,8 +72,8 @@ def layer_factors(
     plan: RankPlan,
     device: torch.device,
     moments: Moments | Mapping[Key, Moment],
-) -> Factors:
-    """The planned factors of one layer, on the layer's own device.
+) -> tuple[Factors, float]:
+    """The planned factors of one layer, on the layer's own device, and their relative error.
 
     Taken from the spectrum found while planning if that is of the very same weight, and whitened
     where moments are to be had; else found anew on `device`.
@@ -85,4 +85,4 @@ def layer_factors(
         moment = moments.get((entry.name, entry.scheme))
         known = layer_spectrum(layer, entry.scheme, entry.rank, device, moment)
     factors = known.to(device).factors(matrix.to(device), entry.rank)
-    return factors.to(layer.device)
+    return factors.to(layer.device), known.error(entry.rank)

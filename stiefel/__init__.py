@@ -16,7 +16,7 @@ __version__ = version("stiefel")
 _HOMES = {
     "converter.calibration": "Calibration",
     "converter.checkpoints": "load_any load_factored save_dense save_factored",
-    "converter.convert": "convert plan",
+    "converter.convert": "convert plan revise",
     "converter.errors": "StiefelError",
     "converter.inspect": "inspect",
     "converter.models": "load",

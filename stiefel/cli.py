@@ -143,7 +143,15 @@ def convert(**values: Any) -> None:
     device = resolve_device(values["device"])
     with console.progress("convert") as progress:
         if values["plan_file"]:
-            plan = tables.read_plan(values["plan_file"])
+            plan = factoring.revise(
+                model,
+                tables.read_plan(values["plan_file"]),
+                example=example_of(model),
+                calibration=calibration,
+                settings=section.calibration,
+                device=device,
+                progress=progress,
+            )
         else:
             plan = make_plan(model, section, calibration, device=device, progress=progress)
         small = None

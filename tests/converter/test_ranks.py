@@ -288,6 +288,8 @@ def test_an_edited_plan_counts_and_converts_anew():
         (lambda d: d["layers"][1].update(rank=49), "3: rank 49 is not possible; choose 1 to 48"),
         (lambda d: d["layers"][1].update(rank="x"), "layers.1.rank"),
         (lambda d: d["layers"][1].update(rnak=3), "layers.1.rnak"),
+        (lambda d: d["layers"][1].update(scheme="diagonal"), "layers.1.scheme"),
+        (lambda d: d["layers"].append(d["layers"][1]), "the plan has the layer '3' twice"),
         (lambda d: d.pop("layers"), "layers: Field required"),
     ],
 )
@@ -298,6 +300,11 @@ def test_a_plan_edited_wrongly_names_the_fault(edit, words):
         RankPlan.from_json(json.dumps(data))
     with pytest.raises(StiefelError, match="not a rank plan"):
         RankPlan.from_json("{")
+
+
+def test_a_model_without_parameters_is_refused():
+    with pytest.raises(StiefelError, match="no parameters"):
+        plan(nn.Flatten(), 4)
 
 
 def test_a_plan_names_the_layer_it_lacks():

@@ -73,6 +73,27 @@ def test_one_input_option_leaves_the_rest_of_the_models_input_alone(tmp_path):
     assert "[default: 3,224,224]" not in stiefel("inspect", "--help").output
 
 
+def test_an_edited_plan_is_shown_and_kept_as_what_it_has_become(dense, tmp_path):
+    plan, out = tmp_path / "plan.json", tmp_path / "small.safetensors"
+    assert stiefel("convert", dense, "--rank", "8", "--dry-run", "--plan-out", plan).exit_code == 0
+    data = json.loads(plan.read_text())
+    for layer in data["layers"]:
+        layer["scheme"] = layer["scheme"] and "channel"
+    data["layers"][1]["rank"] = 2
+    plan.write_text(json.dumps(data | {"dense_parameters": 0}))
+    asked = ("--rank", "8", "--layer", "features.3=2", "--scheme", "channel")
+    result = stiefel("convert", dense, "--plan", plan, "--dry-run", "--json", tmp_path / "a.json")
+    assert result.exit_code == 0, result.output
+    stiefel("convert", dense, *asked, "--dry-run", "--json", tmp_path / "b.json")
+    found, wanted = (json.loads((tmp_path / name).read_text()) for name in ("a.json", "b.json"))
+    assert found == wanted
+    assert stiefel("convert", dense, "--plan", plan, "-o", out).exit_code == 0
+    assert load_any(out).stiefel_plan.model_dump(mode="json") == wanted
+    result = stiefel("convert", "zoo:mlp", "--plan", plan, "--dry-run")
+    assert result.exit_code == 1
+    assert "is not in the model" in result.stderr
+
+
 def test_a_dry_run_writes_nothing(dense, tmp_path):
     before = sorted(dense.parent.iterdir())
     assert stiefel("convert", dense, "--dry-run").exit_code == 0
