@@ -32,6 +32,12 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """The precision that a model takes images in: its first parameter's; float32 without any."""
+    dtypes = (p.dtype for p in model.parameters() if p.is_floating_point())
+    return next(dtypes, torch.float32)
+
+
 def count_macs(model: nn.Module, example: Tensor) -> int:
     """Multiply-accumulates of one image, by torch's flop counter (two flops each).
 

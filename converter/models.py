@@ -11,6 +11,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from converter.cost import dtype_of
 from converter.errors import StiefelError, did_you_mean
 from converter.factories import (
     absolute_name,
@@ -256,8 +257,7 @@ _SOURCES: dict[str, Callable[..., _Built]] = {
 
 def _count_classes(name: str, model: nn.Module, expected: InputSpec) -> int:
     """Length of the logits, by running the model on one empty image of the expected shape."""
-    dtype = next((p.dtype for p in model.parameters()), torch.float32)
-    example = torch.zeros(1, *expected.shape, dtype=dtype)
+    example = torch.zeros(1, *expected.shape, dtype=dtype_of(model))
     try:
         output = _shape_only(model, example)
     except Exception:  # not every model runs on meta tensors

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from converter import cost, ranks
 from converter.budgets import Decision, Menu, by_budget, by_latency
-from converter.calibration import Calibration, fit_to, widen
+from converter.calibration import Calibration, widen
 from converter.decompose import Spectrum
 from converter.errors import StiefelError
 from converter.latency import LatencyPrices
@@ -63,7 +63,9 @@ def plan(
     requests = read_requests(found, policy, scheme, layers or {})
     owners = [layer for layer in found if layer.tied_to is None]
     if example is None and calibration is not None:
-        example = fit_to(calibration[:1], ready, next(ready.parameters()).device)
+        example = calibration[:1]
+    if example is not None:
+        example = example.to(next(ready.parameters()).device, cost.dtype_of(ready))
     moments = calibrated(ready, calibration, owners, settings, torch.device(device), progress)
     decompose = Decomposer(torch.device(device), moments)
     decisions: dict[str, Decision] = {}

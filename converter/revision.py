@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from converter import cost
 from converter.budgets import Decision
-from converter.calibration import Calibration, fit_to, widen
+from converter.calibration import Calibration, widen
 from converter.errors import StiefelError, did_you_mean
 from converter.layers import Layer, find_layers, prepared
 from converter.planning import layer_plan
@@ -47,7 +47,7 @@ def revise(
     if example is None and calibration is not None:
         example = calibration[:1]
     if example is not None:
-        example = fit_to(example, ready, next(ready.parameters()).device)
+        example = example.to(next(ready.parameters()).device, cost.dtype_of(ready))
     owners = [layer for layer in found if layer.tied_to is None]
     ranked = [layer for layer in owners if layer.name in plan.names and plan[layer.name].rank]
     device = torch.device(device)

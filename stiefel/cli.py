@@ -333,7 +333,7 @@ def inspect_command(plot: Path | None, cuts: bool, **values: Any) -> None:
     if not cuts and (unused := given(CutSettings, values)):
         raise click.UsageError(f"{unused[0]} is for --cuts")
     if cuts:
-        blocks = describe_cuts(model, settings=collect(CutSettings, values))
+        blocks = describe_cuts(model, example_of(model), collect(CutSettings, values))
         console.show(tables.cuts_table(blocks))
         write_json(values["json_file"], blocks)
         return

@@ -8,6 +8,7 @@ from torch import nn
 
 from converter import convert as factoring
 from converter.checkpoints import load_any
+from converter.cost import dtype_of
 from converter.errors import StiefelError
 from converter.models import load
 from converter.ranks import RankPlan, parse_rank
@@ -86,9 +87,10 @@ def load_teacher(
 
 
 def example_of(model: nn.Module, batch: int = 1) -> torch.Tensor:
-    """A seeded random batch (batch, C, H, W) of the model's input shape, float32, on the CPU."""
+    """A seeded random batch (batch, C, H, W) of the model's input shape and dtype, on the CPU."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(batch, *require_spec(model).input.shape, generator=generator)
+    drawn = torch.randn(batch, *require_spec(model).input.shape, generator=generator)
+    return drawn.to(dtype_of(model))
 
 
 def calibration_images(

@@ -122,6 +122,23 @@ def check_factored(network: nn.Module, rule: RuleSettings) -> None:
         )
 
 
+def check_precision(network: nn.Module, images: Tensor) -> None:
+    """Refuse weights too coarse to train, and images (N, C, H, W) of a dtype that no weight has.
+
+    Raises:
+        StiefelError: names both dtypes.
+    """
+    weights = [p for p in network.parameters() if p.is_floating_point()]
+    dtypes = {p.dtype for p in weights}
+    coarse = {p.dtype for p in weights if p.requires_grad and p.element_size() < 4}
+    if wrong := coarse or (images.dtype not in dtypes and dtypes):
+        names = [str(dtype).removeprefix("torch.") for dtype in (wrong.pop(), images.dtype)]
+        raise StiefelError(
+            f"the network's weights are {names[0]}, the images {names[1]}: training takes both in "
+            "float32 (model.float(), then store it again)"
+        )
+
+
 def check_ties(network: nn.Module) -> None:
     """Refuse layers of which some factors are shared: the rank of none can fall alone.
 

@@ -146,6 +146,7 @@ class _Training:
                 module.to(device, memory_format=self.layout)
         example = images(self.data.train, self.part, settings.seed)
         example = example.to(device, memory_format=self.layout)
+        checks.check_precision(network, example)
         outputs = checks.count_outputs(network, example, self.data)
         checks.check_test_images(network, example, self.data)
         self._set_mode()

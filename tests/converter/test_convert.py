@@ -86,6 +86,14 @@ def test_the_dtype_of_the_model_is_kept(dtype):
     close(small(x), model(x), atol=0.05, rtol=0.05)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_an_example_is_taken_in_the_models_own_dtype(dtype, calibrated):
+    model, x = Net(dtype).eval(), torch.randn(4, 6, 8, 8)
+    made = plan(model, 4, example=x, calibration=x if calibrated else None)
+    assert made.dense_macs == plan(Net(), 4, example=x).dense_macs
+
+
 @given(st.integers(1, 6), st.sampled_from(["spatial", "channel"]))
 def test_converted_weights_are_the_best_of_their_rank(rank, scheme):
     model = Net(torch.float64)

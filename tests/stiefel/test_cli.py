@@ -94,6 +94,21 @@ def test_an_edited_plan_is_shown_and_kept_as_what_it_has_become(dense, tmp_path)
     assert "is not in the model" in result.stderr
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_checkpoints_of_another_dtype_are_looked_at_and_converted(dense, tmp_path, dtype):
+    other, out = tmp_path / "other.safetensors", tmp_path / "small.safetensors"
+    save_dense(load_any(dense).to(dtype), other)
+    for command in (
+        ("inspect", other),
+        ("inspect", other, "--cuts"),
+        ("convert", other, "--rank", "params=0.5", "-o", out),
+        ("inspect", out),
+    ):
+        result = stiefel(*command)
+        assert result.exit_code == 0, result.output
+    assert {p.dtype for p in load_any(out).parameters()} == {dtype}
+
+
 def test_a_dry_run_writes_nothing(dense, tmp_path):
     before = sorted(dense.parent.iterdir())
     assert stiefel("convert", dense, "--dry-run").exit_code == 0

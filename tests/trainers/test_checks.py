@@ -47,3 +47,9 @@ def test_test_images_that_do_not_fit_are_refused_before_training(tmp_path):
 def test_test_images_of_another_size_will_do_for_a_network_of_any_size():
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     assert len(train(network, test_side=10).records) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_weights_of_a_dtype_that_is_not_trained_are_refused_by_it(dtype):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(192, 4)).to(dtype)
+    refused(f"weights are {str(dtype)[6:]}, the images float32: training takes both in", network)
