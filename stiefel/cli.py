@@ -133,6 +133,7 @@ def convert(**values: Any) -> None:
     output, dry, seed = values.pop("output"), values.pop("dry"), values.pop("seed")
     if output is None and not dry:
         raise click.UsageError("name the file to write: -o FILE.safetensors (or --dry-run)")
+    _refuse_idle(values)
     source = model_section(values)
     check_apart(output, source.checkpoint)
     torch.manual_seed(seed)  # a model without a checkpoint is drawn
@@ -175,7 +176,7 @@ def convert(**values: Any) -> None:
 
 @main.command("train-local")
 @click.argument("path", type=FILE)
-@data_options
+@data_options()
 @click.option("--rule", type=click.Choice([*RULES]), default="ssa", show_default=True)
 @click.option("--teacher", type=FILE, help="checkpoint of the dense original, for distillation")
 @settings_options(TrainSettings, SSA, DFA, BP)
@@ -294,7 +295,7 @@ def bench_command(
 
 @main.command("evaluate")
 @model_options
-@data_options
+@data_options("augment", "limit_train")
 @click.option("--batch-size", type=click.IntRange(1), default=256, show_default=True)
 @click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32")
 @device_option
@@ -332,6 +333,8 @@ def inspect_command(plot: Path | None, cuts: bool, **values: Any) -> None:
     model = build(section, note=console.note)
     if not cuts and (unused := given(CutSettings, values)):
         raise click.UsageError(f"{unused[0]} is for --cuts")
+    if cuts and plot:
+        raise click.UsageError("--plot is not for --cuts")
     if cuts:
         blocks = describe_cuts(model, example_of(model), collect(CutSettings, values))
         console.show(tables.cuts_table(blocks))
@@ -351,6 +354,19 @@ def doctor_command(json_file: Path | None) -> None:
     found = doctor()
     console.show(tables.doctor_table(found))
     write_json(json_file, found)
+
+
+def _refuse_idle(values: dict[str, Any]) -> None:
+    """Refuse options of `convert` that others make idle."""
+    asked = given(ConvertSection, values)
+    if values["plan_file"] is not None:
+        planning = ["--layer"] * bool(values["layers"])
+        planning += [option for option in asked if option in ("--rank", "--scheme", "--batch")]
+        if planning:
+            raise click.UsageError(f"{planning[0]} is for making a plan: --plan has one; edit it")
+    calibrating = [option for option in asked if option.startswith("--calibrat")]
+    if values["calibrate"] is None and calibrating:
+        raise click.UsageError(f"{calibrating[0]} goes with --calibrate DATA")
 
 
 def _layer_exception(text: str) -> tuple[str, Any]:

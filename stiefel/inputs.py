@@ -10,7 +10,7 @@ import click
 
 from converter.files import check_place, write_text
 from converter.models import parse_args
-from stiefel.options import collect, settings_options
+from stiefel.options import collect, given, settings_options
 from stiefel.recipe import DataSection, ModelSection
 from stiefel.tables import plain
 
@@ -65,7 +65,8 @@ def model_section(values: dict[str, Any]) -> ModelSection:
     """What the model options say.
 
     Raises:
-        click.UsageError: two models are named, or none.
+        click.UsageError: two models are named, or none, or something is said that a checkpoint of
+            ours says itself, or that only a checkpoint has use for.
     """
     path, name = values.get("path"), values.get("name")
     if path is not None and values.get("checkpoint") is not None:
@@ -76,6 +77,15 @@ def model_section(values: dict[str, Any]) -> ModelSection:
         values = {**values, "checkpoint": path}
     if name is None and values.get("checkpoint") is None:
         raise click.UsageError("name a model: a checkpoint of stiefel's, or --model NAME")
+    asked = given(ModelSection, {**values, "checkpoint": None, "rename": values["rename"] or None})
+    asked += ["--model-arg"] * bool(values["model_arg"])
+    if name is None and asked:
+        raise click.UsageError(
+            f"{asked[0]} goes with --model NAME: a checkpoint of stiefel's says what it holds"
+        )
+    idle = [option for option in asked if option in ("--rename", "--variant")]
+    if values.get("checkpoint") is None and idle:
+        raise click.UsageError(f"{idle[0]} goes with a checkpoint of the model's weights")
     return collect(
         ModelSection,
         values,
@@ -96,15 +106,11 @@ def check_apart(output: Path | None, source: Path | None) -> None:
         raise click.UsageError(f"-o {output} is the checkpoint that is read: name another file")
 
 
-def data_options(command: Command) -> Command:
-    """What names the images."""
-    decorators = (
-        click.option("--data", "source", required=True, help=_words(DataSection, "source")),
-        settings_options(DataSection, exclude=("source",)),
-    )
-    for decorator in reversed(decorators):
-        command = decorator(command)
-    return command
+def data_options(*without: str) -> Callable[[Command], Command]:
+    """What names the images; fields of the data section that are of no use here are left out."""
+    source = click.option("--data", "source", required=True, help=_words(DataSection, "source"))
+    rest = settings_options(DataSection, exclude=("source", *without))
+    return lambda command: source(rest(command))
 
 
 def data_section(values: dict[str, Any]) -> DataSection:

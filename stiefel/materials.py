@@ -21,11 +21,17 @@ def build(section: ModelSection, note: Callable[[str], None] | None = None) -> n
     """The model that a recipe or a command line names: by factory, or by a checkpoint of ours.
 
     Raises:
-        StiefelError: neither is given, or it can't be loaded.
+        StiefelError: neither is given, it can't be loaded, or it is said how to build a model that
+            the checkpoint describes itself.
     """
     if section.name is None:
         if section.checkpoint is None:
             raise StiefelError("no model: give its name (zoo:resnet32, …) or a stiefel checkpoint")
+        for key in ("args", "weights", "input", "rename", "variant"):
+            if getattr(section, key):
+                raise StiefelError(
+                    f"model.{key} goes with model.name: a checkpoint of ours says what it holds"
+                )
         return load_any(section.checkpoint)
     return load(
         section.name,

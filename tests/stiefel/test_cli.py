@@ -260,6 +260,10 @@ def test_doctor_tells_versions_and_providers(tmp_path):
     assert json.loads((tmp_path / "doctor.json").read_text())["providers"]["cpu"] == "loads"
 
 
+BUILDS = (
+    *(("--model-arg", "a=1"), ("--weights", "DEFAULT"), ("--input-mean", "0.5")),
+    *(("--rename", "a=b"), ("--variant", "ema")),
+)
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA")
 
 
@@ -295,6 +299,21 @@ NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA")
             ),
             "--beta is not for --rule dfa",
         ),
+        *((2, ("inspect", "DENSE", *said), f"{said[0]} goes with --model NAME") for said in BUILDS),
+        *((2, ("convert", "DENSE", "--dry-run", *said), f"{said[0]} goes with") for said in BUILDS),
+        (2, ("evaluate", "DENSE", "--data", "digits", *BUILDS[0]), "goes with --model NAME"),
+        (2, ("inspect", "zoo:mlp", "--rename", "a=b"), "--rename goes with a checkpoint"),
+        (2, ("evaluate", "DENSE", "--data", "digits", "--augment"), "--augment"),
+        (2, ("evaluate", "DENSE", "--data", "digits", "--limit-train", "9"), "--limit-train"),
+        *(
+            (2, ("convert", "DENSE", "--dry-run", "--plan", "x", *said), f"{said[0]} is for making")
+            for said in (("--rank", "8"), ("--layer", "*=8"), ("--scheme", "auto"), ("--batch", 2))
+        ),
+        *(
+            (2, ("convert", "DENSE", "--dry-run", *said), f"{said[0]} goes with --calibrate DATA")
+            for said in (("--calibrate-images", 9), ("--calibration-refine-steps", 9))
+        ),
+        (2, ("inspect", "DENSE", "--cuts", "--plot", "x.png"), "--plot is not for --cuts"),
         (1, ("train-local", "SMALL", "--data", "digtis", "-o", "OUT"), "digits"),
         (1, ("train-local", "DENSE", "--data", "digits", "-o", "OUT"), "factored"),
         (1, ("train-local", "SMALL", "--data", "fake:3x8x8", "-o", "OUT"), "channel"),

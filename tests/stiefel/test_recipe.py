@@ -39,6 +39,16 @@ def test_a_recipe_may_name_a_part_of_the_models_input(tmp_path):
         )
 
 
+@pytest.mark.parametrize(
+    "said", ["args={a: 1}", "weights=DEFAULT", "input={mean: [0.5]}", "rename=[a=b]", "variant=ema"]
+)
+def test_a_checkpoint_of_ours_says_itself_what_it_holds(tmp_path, said):
+    text = "model: {checkpoint: ours.safetensors}"
+    recipe = load_recipe(write(tmp_path, text), (f"model.{said}",))
+    with pytest.raises(StiefelError, match=f"model.{said.split('=')[0]} goes with model.name"):
+        build(recipe.model)
+
+
 def test_absent_sections_are_skipped_and_empty_ones_take_their_defaults(tmp_path):
     recipe = load_recipe(write(tmp_path, "model: {name: zoo:mlp}\nconvert:\n"))
     assert recipe.train is None
