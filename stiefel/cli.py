@@ -25,6 +25,7 @@ from stiefel.inputs import (
     FILE,
     NEW_CHECKPOINT,
     NEW_FILE,
+    NEW_PLOT,
     check_apart,
     data_options,
     data_section,
@@ -268,7 +269,7 @@ def export(output: Path, data: str | None, json_file: Path | None, **values: Any
 @main.command("bench")
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
 @settings_options(BenchSettings)
-@click.option("--plot", type=NEW_FILE, help="draw latency against batch")
+@click.option("--plot", type=NEW_PLOT, help="draw latency against batch")
 @click.option("--markdown", type=NEW_FILE, help="write the tables as Markdown")
 @json_option
 def bench_command(
@@ -286,11 +287,11 @@ def bench_command(
     console.show(tables.resources_table(result))
     for ratio in result.ratios:
         console.show(rendering.sentence(ratio.model_dump()))
-    if plot:
-        draw_bench(result.rows, plot)
+    write_json(json_file, result)
     if markdown:
         write_text(markdown, result.markdown())
-    write_json(json_file, result)
+    if plot:
+        draw_bench(result.rows, plot)
 
 
 @main.command("evaluate")
@@ -323,7 +324,7 @@ def evaluate_command(**values: Any) -> None:
 
 @main.command("inspect")
 @model_options
-@click.option("--plot", type=NEW_FILE, help="draw the singular-value spectra and chosen ranks")
+@click.option("--plot", type=NEW_PLOT, help="draw the singular-value spectra and chosen ranks")
 @click.option("--cuts", is_flag=True, help="show the local blocks instead")
 @settings_options(CutSettings)
 @json_option
@@ -342,9 +343,9 @@ def inspect_command(plot: Path | None, cuts: bool, **values: Any) -> None:
         return
     found = inspecting.inspect(model, example=example_of(model))
     console.show(tables.inspection_table(found))
+    write_json(values["json_file"], found)
     if plot:
         draw_spectra(inspecting.spectra(model), {row.name: row.rank for row in found.layers}, plot)
-    write_json(values["json_file"], found)
 
 
 @main.command("doctor")

@@ -11,6 +11,7 @@ import click
 from converter.files import check_place, write_text
 from converter.models import parse_args
 from stiefel.options import collect, given, settings_options
+from stiefel.plots import ENDINGS
 from stiefel.recipe import DataSection, ModelSection
 from stiefel.tables import plain
 
@@ -19,26 +20,25 @@ FILE = click.Path(path_type=Path)
 
 
 class NewFile(click.Path):
-    """A file to be written: that it can be is known before the work begins, not after."""
+    """A file to be written: that it can be is known before the work begins, not after.
+
+    Args:
+        endings: those by which it will be read, if not all will do.
+    """
+
+    def __init__(self, *endings: str) -> None:
+        super().__init__(path_type=Path)
+        self.endings = endings
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Path:
         """See click; raises StiefelError."""
-        return check_place(super().convert(value, param, ctx))
-
-
-class NewCheckpoint(NewFile):
-    """A checkpoint to be written, which by its ending will be read as one."""
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> Path:
-        """See click; raises StiefelError."""
-        path = super().convert(value, param, ctx)
-        if path.suffix != ".safetensors":
-            self.fail(f"{path}: end the name in .safetensors", param, ctx)
+        path = check_place(super().convert(value, param, ctx))
+        if self.endings and path.suffix not in self.endings:
+            self.fail(f"{path}: end the name in {' or '.join(self.endings)}", param, ctx)
         return path
 
 
-NEW_FILE = NewFile(path_type=Path)
-NEW_CHECKPOINT = NewCheckpoint(path_type=Path)
+NEW_FILE, NEW_CHECKPOINT, NEW_PLOT = NewFile(), NewFile(".safetensors"), NewFile(*ENDINGS)
 
 json_option = click.option("--json", "json_file", type=NEW_FILE, help="write the result as JSON")
 seed_option = click.option("--seed", type=click.IntRange(0), default=0, show_default=True)

@@ -14,8 +14,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from converter.errors import StiefelError
 from converter.files import atomic_path
 
+ENDINGS = (".png", ".svg", ".pdf", ".jpg")  # of pictures
 DENSE, FACTORED, MUTED = "#5b6770", "#0f7c8a", "#c9d1d6"
 MORE = ("#d1772e", "#8a4f9e", "#3f8f4f", "#b8324f", "#8c7a2b", "#2f4f9e")
 
@@ -165,7 +167,13 @@ def draw_bench(rows: Sequence[Any], path: Path) -> Path:
 def draw_spectra(
     spectra: Mapping[str, Sequence[float]], ranks: Mapping[str, int | None], path: Path
 ) -> Path:
-    """Each layer's singular values, relative to its largest, with the chosen rank marked."""
+    """Each layer's singular values, relative to its largest, with the chosen rank marked.
+
+    Raises:
+        StiefelError: there are none.
+    """
+    if not spectra:
+        raise StiefelError("no layer can be factored: there are no spectra to draw")
     columns = min(4, len(spectra))
     lines = -(-len(spectra) // columns)
     figure, axes = plt.subplots(

@@ -13,11 +13,14 @@ from click.testing import CliRunner, Result
 
 from converter import convert as factoring
 from converter.checkpoints import load_any, save_dense
+from converter.errors import StiefelError
 from converter.factors import factored_layers
 from converter.models import load, spec_of
 from export import parity
+from export.bench_report import BenchReport
 from export.safetensors import read_metadata
 from stiefel.cli import main
+from stiefel.plots import draw_spectra
 from stiefel.run_folder import open_folder
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -447,3 +450,37 @@ def test_where_no_file_can_be_written_is_told_before_the_work(monkeypatch, tmp_p
     assert result.exit_code == 1
     assert "folder" in result.stderr
     assert "does not exist" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("work", "command"),
+    [("bench", ("bench", "zoo:mlp")), ("build", ("inspect", "zoo:mlp"))],
+)
+def test_what_a_picture_may_end_in_is_told_before_the_work(work, command, monkeypatch):
+    monkeypatch.setattr(f"stiefel.cli.{work}", lambda *_, **__: pytest.fail("work began"))
+    result = stiefel(*command, "--plot", "b.foo")
+    assert result.exit_code == 2
+    assert "b.foo: end the name in .png or" in result.stderr
+
+
+def test_figures_are_kept_where_they_cannot_be_drawn(monkeypatch, tmp_path):
+    def fail(*_):
+        raise StiefelError("no picture")
+
+    report = BenchReport(rows=(), ratios=(), ceilings=(), environment={})
+    monkeypatch.setattr("stiefel.cli.bench", lambda *_, **__: report)
+    monkeypatch.setattr("stiefel.cli.draw_bench", fail)
+    monkeypatch.setattr("stiefel.cli.draw_spectra", fail)
+    json_file, markdown = tmp_path / "b.json", tmp_path / "b.md"
+    drawn = ("--plot", tmp_path / "b.png", "--json")
+    result = stiefel("bench", "zoo:mlp", "--markdown", markdown, *drawn, json_file)
+    assert (result.exit_code, result.stderr) == (1, "stiefel: no picture\n")
+    assert json.loads(json_file.read_text())["rows"] == []
+    assert markdown.exists()
+    assert stiefel("inspect", "zoo:mlp", *drawn, tmp_path / "i.json").exit_code == 1
+    assert json.loads((tmp_path / "i.json").read_text())["layers"]
+
+
+def test_a_model_without_spectra_has_no_picture_of_them(tmp_path):
+    with pytest.raises(StiefelError, match="no spectra"):
+        draw_spectra({}, {}, tmp_path / "none.png")
