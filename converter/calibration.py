@@ -17,6 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from converter.cost import inference
 from converter.errors import StiefelError
 from converter.settings import Settings
 
@@ -24,6 +25,7 @@ Progress = Callable[[str, int, int], None]
 
 WIDEST = 8192  # above this width a matrix of second moments would take gigabytes
 BATCH, PIXELS = 64, 2**20  # images, and pixels of theirs, that run at once
+_TRIED = 8  # images that tell whether a model's output is finite
 _HALF = {torch.float16, torch.bfloat16}
 
 
@@ -149,3 +151,17 @@ def check_images(images: Tensor) -> None:
         raise StiefelError(f"calibration needs a batch of images, not {tuple(images.shape)}")
     if not images.isfinite().all():
         raise StiefelError("a calibration image is not finite")
+
+
+def check_output(model: nn.Module, images: Tensor) -> None:
+    """Refuse a model that gives what is not finite; the first of the images (N, C, H, W) tell.
+
+    Raises:
+        StiefelError: names the first weight that is not finite, where that is why.
+    """
+    with inference(model):
+        output = model(fit_to(images[:_TRIED], model, next(model.parameters()).device))
+    if isinstance(output, Tensor) and not output.isfinite().all():
+        broken = [name for name, value in _tensors(model).items() if not value.isfinite().all()]
+        reason = f"; {broken[0]} holds NaN or infinity" if broken else ""
+        raise StiefelError(f"the model's output on calibration images is not finite{reason}")

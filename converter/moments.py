@@ -14,7 +14,6 @@ from converter.calibration import (
     Calibration,
     Progress,
     batch_size,
-    check_images,
     fit_to,
 )
 from converter.cost import inference
@@ -63,7 +62,6 @@ class Moments:
         device: torch.device,
         progress: Progress | None = None,
     ) -> None:
-        check_images(images)
         self._model, self._images, self._layers = model, images, layers
         self._settings, self._device, self._progress = settings, device, progress
         self._held: Mapping[Key, Moment] = {}

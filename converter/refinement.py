@@ -61,6 +61,8 @@ def refine(
         return 0.0, 0.0
     with _Watch(dense, names) as wanted, _Watch(small, names) as given:
         scales = _scales(dense, wanted, images)
+        if not scales:  # units that the model never calls, or whose output never varies
+            return 0.0, 0.0
 
         def error(x: Tensor) -> Tensor:
             if x.ndim == 4:  # a quarter faster on CPUs

@@ -70,6 +70,8 @@ def _totals(
         drawn = torch.multinomial(logits.detach().float().softmax(1).cpu(), 1, generator=generator)
         loss = F.cross_entropy(logits, drawn[:, 0].to(device), reduction="sum")
         names = [name for name, y in outputs.items() if y.requires_grad]
+        if not names:
+            return {}
         gradients = torch.autograd.grad(loss, [outputs[n] for n in names], allow_unused=True)
         for name, g in zip(names, gradients, strict=True):
             if g is None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from converter.calibration import Calibration, Progress
+from converter.calibration import Calibration, Progress, check_images, check_output
 from converter.decompose import Factors, Spectrum, spectrum
 from converter.errors import StiefelError
 from converter.layers import Layer
@@ -59,9 +59,17 @@ def calibrated(
     device: torch.device,
     progress: Progress | None,
 ) -> Moments | Mapping[Key, Moment]:
-    """The layers' second moments; none without images or where whitening is off."""
+    """The layers' second moments; none without images or where whitening is off.
+
+    Raises:
+        StiefelError: an image is not finite, or what the model gives for it.
+    """
+    if images is None:
+        return NO_MOMENTS
+    check_images(images)
+    check_output(model, images)
     settings = settings or Calibration()
-    if images is None or not settings.whitened:
+    if not settings.whitened:
         return NO_MOMENTS
     return Moments(model, images, layers, settings, device, progress)
 

@@ -405,3 +405,37 @@ def test_reconstruction_alone_needs_no_refinement(images):
     gap = (small(images) - net(images)).square().mean()
     reconstruct(prepared(net), small, made, images, Calibration())
     assert (small(images) - net(images)).square().mean() < gap
+
+
+class Raw(nn.Module):
+    """Reads its layers' weights and never calls them."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(12, 16), nn.Linear(16, 5)
+
+    def forward(self, x):
+        h = nn.functional.linear(x.flatten(1), self.a.weight, self.a.bias)
+        return nn.functional.linear(h.relu(), self.b.weight, self.b.bias)
+
+
+@pytest.mark.parametrize("rank", [2, "params=0.5"])
+def test_where_no_unit_is_called_there_is_nothing_to_refine(rank):
+    model, images = Raw(), torch.randn(16, 3, 2, 2)
+    made = plan(model, rank, calibration=images)
+    small = convert(model, made, calibration=images, settings=QUICK)
+    assert factored_layers(small)
+    assert refine(model, small, images, QUICK) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("rank", [2, "params=0.5"])
+def test_a_model_whose_output_is_not_finite_is_refused_by_its_weight(rank):
+    model, images = Moody(), torch.randn(16, 3, 2, 2)
+    made = plan(model, 2)
+    model.b.bias.data[1] = float("nan")
+    for broken in (
+        lambda: plan(model, rank, calibration=images),
+        lambda: convert(model, made, calibration=images),
+    ):
+        with pytest.raises(StiefelError, match=r"output .* not finite; b.bias holds NaN"):
+            broken()
