@@ -93,7 +93,7 @@ TABLE = {
     "SSA, global error": Method(
         SSA(error="global", boundaries="units"),
         lr=2e-3,
-        lr_of={"resnet20": 1e-2, "resnet32": 1e-2},
+        lr_of={"smallconv": 5e-3, "resnet20": 1e-2, "resnet32": 1e-2},
     ),
     "SSA, layer-wise": Method(SSA()),
     "SSA, layer-wise, linear read-outs": Method(SSA(readout_layers=0)),
