@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -62,10 +63,7 @@ def plan(
     found = find_layers(ready)
     requests = read_requests(found, policy, scheme, layers or {})
     owners = [layer for layer in found if layer.tied_to is None]
-    if example is None and calibration is not None:
-        example = calibration[:1]
-    if example is not None:
-        example = example.to(next(ready.parameters()).device, cost.dtype_of(ready))
+    example = example_for(ready, example, calibration)
     moments = calibrated(ready, calibration, owners, settings, torch.device(device), progress)
     decompose = Decomposer(torch.device(device), moments)
     decisions: dict[str, Decision] = {}
@@ -81,12 +79,10 @@ def plan(
         else:
             decisions[layer.name] = _by_policy(layer, request, decompose)
     if isinstance(policy, Fixed):
-        _check_fixed(policy, found)
+        check_fixed(policy, found)
     if example is None and isinstance(policy, Budget) and policy.cost != "params":
         raise StiefelError(f"{policy} needs an example batch to run the model with")
-    parameters = cost.count_parameters(ready)
-    macs = None if example is None else cost.count_macs(ready, example)
-    calls = {} if example is None else cost.layer_calls(ready, example)
+    counts = count(ready, example)
     latency: dict[str, float] = {}
     if isinstance(policy, Budget):
         weights = {}
@@ -99,18 +95,62 @@ def plan(
             decisions, latency = _by_latency(policy, menu, ready, example, torch.device(device))
         else:
             on_params = policy.cost == "params"
-            prices = ParameterPrices(parameters) if on_params else MacPrices(macs, calls)
+            prices = (
+                ParameterPrices(counts.parameters)
+                if on_params
+                else MacPrices(counts.macs, counts.calls)
+            )
             decisions = by_budget(policy, menu, prices)
     if progress:
         progress("plan", len(owners), len(owners))
+    return assemble(found, decisions, decompose, counts, str(policy), latency)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a model has and does: MACs and calls of its layers only where an example was run."""
+
+    parameters: int
+    macs: int | None
+    calls: Mapping[str, Sequence[cost.Call]]
+
+
+def count(model: nn.Module, example: Tensor | None) -> Counts:
+    """Count a model, on an example (N, C, H, W) if there is one."""
+    parameters = cost.count_parameters(model)
+    if example is None:
+        return Counts(parameters, None, {})
+    return Counts(parameters, cost.count_macs(model, example), cost.layer_calls(model, example))
+
+
+def example_for(
+    model: nn.Module, example: Tensor | None, calibration: Tensor | None
+) -> Tensor | None:
+    """The example (N, C, H, W), or a calibration image, on the model's device in its precision."""
+    if example is None and calibration is not None:
+        example = calibration[:1]
+    if example is None:
+        return None
+    return example.to(next(model.parameters()).device, cost.dtype_of(model))
+
+
+def assemble(
+    found: Sequence[Layer],
+    decisions: Mapping[str, Decision],
+    decompose: Decomposer,
+    counts: Counts,
+    policy: str,
+    latency: Mapping[str, float],
+) -> RankPlan:
+    """The plan that decisions on the layers that own their weights come to; spectra are kept."""
     result = RankPlan(
         layers=tuple(
-            layer_plan(layer, decisions[layer.tied_to or layer.name], macs, calls, decompose.known)
+            _entry(layer, decisions[layer.tied_to or layer.name], counts, decompose.known)
             for layer in found
         ),
-        policy=str(policy),
-        dense_parameters=parameters,
-        dense_macs=macs,
+        policy=policy,
+        dense_parameters=counts.parameters,
+        dense_macs=counts.macs,
         **latency,
     )
     result._spectra.update(decompose.known)
@@ -160,7 +200,7 @@ def _not_worth(layer: Layer, rank: int, worthwhile: int) -> str:
     return f"rank {rank} would not save parameters; {worthwhile} or less would"
 
 
-def _check_fixed(policy: Fixed, layers: Sequence[Layer]) -> None:
+def check_fixed(policy: Fixed, layers: Sequence[Layer]) -> None:
     """A common rank that no layer can have is a mistake; name the layer that comes nearest."""
     highest = {
         layer.name: max(layer.highest_rank(s) for s in layer.schemes)
@@ -172,19 +212,18 @@ def _check_fixed(policy: Fixed, layers: Sequence[Layer]) -> None:
         ranks.check_rank(f"{name}, the layer of highest rank", policy.rank, highest[name])
 
 
-def layer_plan(
+def _entry(
     layer: Layer,
     decision: Decision,
-    macs: int | None,
-    calls: Mapping[str, Sequence[cost.Call]],
+    counts: Counts,
     known: Mapping[tuple[str, str | None], Spectrum],
 ) -> LayerPlan:
     """What a decision on a layer comes to: parameters, MACs where they were counted, error."""
     scheme, shape = decision.scheme, layer.weight_shape
     can = layer.refusal is None
     counted, per_rank = None, None
-    if macs is not None and can:
-        prices = MacPrices(macs, calls)
+    if counts.macs is not None and can:
+        prices = MacPrices(counts.macs, counts.calls)
         counted = prices.current(layer)
         per_rank = prices.factored(layer, scheme, 1)
     per_rank_parameters = parameters_per_rank(layer.shape(scheme), layer.groups) if can else 0

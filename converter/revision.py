@@ -7,12 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from converter import cost
 from converter.budgets import Decision
 from converter.calibration import Calibration, widen
 from converter.errors import StiefelError, did_you_mean
 from converter.layers import Layer, find_layers, prepared
-from converter.planning import layer_plan
+from converter.planning import assemble, count, example_for
 from converter.ranks import RankPlan, check_rank
 from converter.spectra import Decomposer, Progress, calibrated
 
@@ -44,10 +43,7 @@ def revise(
         widen(ready)
     found = find_layers(ready)
     check_plan(plan, {layer.name: layer for layer in found})
-    if example is None and calibration is not None:
-        example = calibration[:1]
-    if example is not None:
-        example = example.to(next(ready.parameters()).device, cost.dtype_of(ready))
+    example = example_for(ready, example, calibration)
     owners = [layer for layer in found if layer.tied_to is None]
     ranked = [layer for layer in owners if layer.name in plan.names and plan[layer.name].rank]
     device = torch.device(device)
@@ -58,19 +54,7 @@ def revise(
         if progress:
             progress("plan", done, len(ranked))
         decompose(layer, decisions[layer.name].scheme, decisions[layer.name].rank)
-    macs = None if example is None else cost.count_macs(ready, example)
-    calls = {} if example is None else cost.layer_calls(ready, example)
-    result = RankPlan(
-        layers=tuple(
-            layer_plan(layer, decisions[layer.tied_to or layer.name], macs, calls, decompose.known)
-            for layer in found
-        ),
-        policy=plan.policy,
-        dense_parameters=cost.count_parameters(ready),
-        dense_macs=macs,
-    )
-    result._spectra.update(decompose.known)
-    return result
+    return assemble(found, decisions, decompose, count(ready, example), plan.policy, {})
 
 
 def check_plan(plan: RankPlan, found: Mapping[str, Layer]) -> None:

@@ -8,6 +8,7 @@ from converter.cost import count_macs, count_parameters, layer_calls
 from converter.errors import StiefelError
 from converter.factors import factored_layers
 from converter.layers import Layer, find_layers, prepared
+from converter.planning import check_fixed
 from converter.prices import MacPrices, ParameterPrices, Prices
 from converter.ranks import (
     Budget,
@@ -81,10 +82,8 @@ def _check_ranks(layers: Sequence[Layer], requests: Mapping[str, Request], polic
         if request.forced and isinstance(request.policy, Fixed):
             for scheme in request.schemes:
                 check_rank(layer.name, request.policy.rank, layer.highest_rank(scheme))
-    able = [layer for layer in layers if layer.refusal is None]
-    if isinstance(policy, Fixed) and able:
-        highest, name = max((max(map(one.highest_rank, one.schemes)), one.name) for one in able)
-        check_rank(f"{name}, the layer of highest rank", policy.rank, highest)
+    if isinstance(policy, Fixed):
+        check_fixed(policy, layers)
 
 
 def _cheapest(layer: Layer, request: Request, prices: Prices) -> list[Option]:

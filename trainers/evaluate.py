@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from converter.errors import StiefelError
 from trainers.device import Precision, autocast, resolve_device
 from trainers.image_set import Item, batches, plain
+from trainers.looking import in_mode
 
 
 @dataclass(frozen=True)
@@ -53,25 +54,19 @@ def evaluate(
         model.to(device := resolve_device(device))
     else:
         device = parameter.device
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     correct = loss = torch.zeros((), device=device, dtype=torch.float64)
     done = 0
     pin = device.type == "cuda"
-    try:
-        with torch.no_grad(), autocast(device, precision):
-            for x, y in batches(dataset, batch_size, workers=workers, pin_memory=pin):
-                x = x.to(device, parameter.dtype, non_blocking=True)
-                logits = _logits(model(x), y)
-                y = y.to(device, non_blocking=True)
-                loss = loss + F.cross_entropy(logits, y, reduction="sum").double()
-                correct = correct + (logits.argmax(1) == y).sum()
-                done += len(y)
-                if progress:
-                    progress("evaluate", done, total)
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with in_mode(model, False), torch.no_grad(), autocast(device, precision):
+        for x, y in batches(dataset, batch_size, workers=workers, pin_memory=pin):
+            x = x.to(device, parameter.dtype, non_blocking=True)
+            logits = _logits(model(x), y)
+            y = y.to(device, non_blocking=True)
+            loss = loss + F.cross_entropy(logits, y, reduction="sum").double()
+            correct = correct + (logits.argmax(1) == y).sum()
+            done += len(y)
+            if progress:
+                progress("evaluate", done, total)
     return Evaluation(correct.item() / total, loss.item() / total, total)
 
 
