@@ -141,6 +141,7 @@ ABLATION = {
 @click.option("--scale", type=click.Choice([*SCALES]), default="small", show_default=True)
 @click.option("--networks", type=Listed(), help="of the zoo, or NAME*WIDTH  [default: scale's]")
 @click.option("--methods", multiple=True, help="only rows whose name matches this glob; repeatable")
+@click.option("--epochs", type=int, help="passes over the images  [default: scale's]")
 @click.option("--seeds", default=3, show_default=True)
 @click.option("--select", is_flag=True, help="choose rates on held-back training images")
 @click.option(
@@ -149,8 +150,8 @@ ABLATION = {
 @click.option("--device", default="auto", show_default=True)
 @click.option("--precision", default="fp32", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="the JSON file of the rows")
-def main(kind, scale, networks, methods, seeds, select, data, device, precision, out) -> None:
-    size = SCALES[scale]
+def main(kind, scale, networks, methods, epochs, seeds, select, data, device, precision, out):
+    size = replace(SCALES[scale], epochs=epochs or SCALES[scale].epochs)
     name = f"training-{kind}-{scale}" + ("-selection" if select else "")
     about = {
         "study": name,

@@ -5,7 +5,9 @@ images, in turn, round by round. Memory is told in three figures. Activations: t
 autograd holds for backward at any one time, exact and the same on every machine. Peak: the most
 that the allocator holds in forward and backward, temporaries included, beyond the third figure.
 Fixed: weights, gradients and AdamW's moments, of the network and of the rule's read-outs. The first
-two grow with the batch, so their ratios hold for any batch; the sweeps show depth and width.
+two grow with the batch, so their ratios hold for any batch; the sweeps show depth and width. On
+CUDA a step is timed as the trainer takes it, recorded as a graph where that can be, and launched
+kernel by kernel as well.
 """
 
 import copy
@@ -15,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +33,11 @@ from converter.files import atomic_path, write_text
 from converter.models import load
 from converter.zoo import Convolutional
 from export.doctor import environment
+from trainers.capture import WARM_UP, RecordedStep, can_record
 from trainers.device import autocast, resolve_device
 from trainers.distributed import World
 from trainers.memory import MIB, SavedActivations, allocator_peak
-from trainers.rules import BP, DFA, SSA, RuleSettings, make_rule
+from trainers.rules import BP, DFA, SSA, RuleSettings, StepResult, make_rule
 from trainers.settings import TrainSettings
 from trainers.update import Update
 
@@ -88,9 +92,11 @@ class Contender:
     name: str
     network: nn.Module
     state: nn.Module
-    learn: Callable[[], None]  # forward and backward
+    learn: Callable[[], StepResult]  # forward and backward
     update: Callable[[], None]  # the optimizer and the retraction
-    seconds: list[tuple[float, float]] = field(default_factory=list)
+    recorded: Callable[[], StepResult] | None  # `learn` as one CUDA graph
+    seconds: list[tuple[float, float]] = field(default_factory=list)  # of learning, and updating
+    launched_seconds: list[float] = field(default_factory=list)  # of a step that isn't recorded
 
 
 @click.command(cls=Script, help=__doc__)
@@ -121,7 +127,7 @@ def main(networks, rank, batch, rounds, sweeps, precision, name, threads, out) -
 
     def measure(part: str, key: str, dense: nn.Module, x: Tensor, classes: int, rules) -> None:
         print(f"{part} {key}, {len(x)} images to a step", flush=True)
-        x = x.to(device, memory_format=_layout(device))
+        x = x.to(device, memory_format=layout(device))
         rows = compare(dense, x, classes, rank, settings, rules, rounds)
         found[part][key] = {"images": len(x), "shape": list(x.shape[1:]), "rows": rows}
         for row in rows:
@@ -173,10 +179,15 @@ def compare(
         for name in rules
     ]
     rows = [weigh(contender, x.device) for contender in contenders]
+    for contender in contenders:
+        for _ in range(WARM_UP + 1 if contender.recorded else 0):
+            contender.recorded()
+            contender.update()
     for _ in range(rounds):
         for contender in contenders:
-            both = (contender.learn, contender.update)
-            contender.seconds.append(tuple(_timed(work, x.device) for work in both))
+            contender.seconds.append(_round(contender.recorded or contender.learn, contender, x))
+            if contender.recorded:
+                contender.launched_seconds.append(sum(_round(contender.learn, contender, x)))
     base = next(c.seconds for c in contenders if c.name == BASE)
     for row, contender in zip(rows, contenders, strict=True):
         pairs = zip(contender.seconds, base, strict=True)
@@ -189,6 +200,8 @@ def compare(
             "time_ratio_low": low,
             "time_ratio_high": high,
         }
+        if contender.recorded:
+            row["launched_ms_p50"] = 1e3 * statistics.median(contender.launched_seconds)
     return rows
 
 
@@ -202,18 +215,22 @@ def prepare(
     settings: TrainSettings,
 ) -> Contender:
     """A contender with a training step of its own."""
-    network = copy.deepcopy(model).to(x.device, memory_format=_layout(x.device)).train()
+    network = copy.deepcopy(model).to(x.device, memory_format=layout(x.device)).train()
     learner = make_rule(rule)
     generator = torch.Generator().manual_seed(0)
     state = learner.init(network, x, classes, generator).to(x.device)
     update = Update(network, state, settings, x.device, World(), steps=10_000)
     done = iter(range(10_000))
 
-    def learn() -> None:
+    def learn(x: Tensor, labels: Tensor) -> StepResult:
         with autocast(x.device, settings.precision):
-            learner.step(network, state, x, labels, scale=update.scale())
+            return learner.step(network, state, x, labels, scale=update.scale())
 
-    return Contender(name, network, state, learn, lambda: update(next(done)))
+    recorded = None
+    if can_record(rule, x.device, processes=1):
+        recorded = partial(RecordedStep(learn, update.parameters), x, labels)
+    launched = partial(learn, x, labels)
+    return Contender(name, network, state, launched, lambda: update(next(done)), recorded)
 
 
 def weigh(contender: Contender, device: torch.device) -> dict[str, Any]:
@@ -241,21 +258,40 @@ def _plain_stack(width: int) -> nn.Module:
     return Convolutional(stages, (), 10, 3, 32)
 
 
-def _layout(device: torch.device) -> torch.memory_format:
+def layout(device: torch.device) -> torch.memory_format:
     return torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
 
-def _timed(step: Callable[[], None], device: torch.device) -> float:
+def _round(learn: Callable[[], object], contender: Contender, x: Tensor) -> tuple[float, float]:
+    """Seconds of learning and of updating, of one step."""
+    if x.device.type != "cuda":
+        return _timed(learn), _timed(contender.update)
+
+    def step() -> None:
+        learn()
+        contender.update()
+
+    # A GPU is launched ahead of, so what the parts take is known from what they take together.
+    learning, whole = (_timed_ahead(work, x.device) for work in (learn, step))
+    return learning, whole - learning
+
+
+def _timed(work: Callable[[], object]) -> float:
     """Seconds. One thread's own processor time is what it would take on a quiet machine."""
-    alone = device.type == "cpu" and torch.get_num_threads() == 1
-    clock = time.process_time if alone else time.perf_counter
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     start = clock()
-    step()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    work()
     return clock() - start
+
+
+def _timed_ahead(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one of ten in a row, as in training, where no step waits for the one before."""
+    torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    for _ in range(10):
+        work()
+    torch.cuda.synchronize(device)
+    return (time.perf_counter() - start) / 10
 
 
 def _ratios(row: dict[str, Any], rows: list[dict[str, Any]]) -> tuple[float, float]:
@@ -286,7 +322,8 @@ def _tables(result: dict[str, Any]) -> Iterator[str]:
         "Activations: held for backward. Peak: of forward and backward, beyond fixed. Fixed: "
         "weights, gradients and AdamW's moments, read-outs included. ÷: how many times less than "
         "backpropagation on the same factored network. ×: time of a step against it, median of the "
-        "rounds and quartiles; of it, the update is the optimizer's.\n"
+        "rounds and quartiles; of it, the update is the optimizer's. Launched: a step that is not "
+        "recorded as a CUDA graph.\n"
     )
     head = [
         "",
@@ -299,16 +336,20 @@ def _tables(result: dict[str, Any]) -> Iterator[str]:
         "update, ms",
         "×",
     ]
+    recorded = facts["device"] != "cpu"
+    head += ["launched, ms"] if recorded else []
     for part in ("networks", "depth", "width"):
         for key, found in result[part].items():
             title = {"networks": key, "depth": f"ResNet-{key}", "width": f"{key} channels wide"}
             shape = "×".join(map(str, found["shape"]))
             yield f"## {title[part]}, {found['images']} images {shape} to a step\n"
-            yield markdown_table(head, (_cells(row, found["rows"]) for row in found["rows"]))
+            lines = [_cells(row, found["rows"], recorded) for row in found["rows"]]
+            yield markdown_table(head, lines)
 
 
-def _cells(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
+def _cells(row: dict[str, Any], rows: list[dict[str, Any]], recorded: bool) -> list[str]:
     saved, peak = _ratios(row, rows)
+    launched, digits = row.get("launched_ms_p50"), 1 if recorded else 0
     return [
         row["rule"],
         f"{row['activations_mib']:.1f}",
@@ -316,9 +357,10 @@ def _cells(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
         f"{row['peak_mib']:.1f}",
         f"{peak:.1f}",
         f"{row['fixed_mib']:.0f}",
-        f"{row['step_ms_p50']:.0f}",
-        f"{row['update_ms_p50']:.0f}",
+        f"{row['step_ms_p50']:.{digits}f}",
+        f"{row['update_ms_p50']:.{digits}f}",
         f"{row['time_ratio']:.2f} ({row['time_ratio_low']:.2f}–{row['time_ratio_high']:.2f})",
+        *([f"{launched:.1f}" if launched else "–"] if recorded else []),
     ]
 
 

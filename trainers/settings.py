@@ -58,6 +58,11 @@ class TrainSettings(Settings):
     memory_format: Literal["auto", "contiguous", "channels_last"] = Field(
         "auto", description="layout of images in memory; auto: channels_last on CUDA"
     )
+    cuda_graph: bool = Field(
+        True,
+        description="record the step once and replay it, where it runs in one process on CUDA and "
+        "recomputes nothing; false for models that read values back",
+    )
     workers: int | None = Field(
         None, ge=0, description="processes that load large images; none: as many as suit"
     )

@@ -24,6 +24,7 @@ _FREE = {
     "early_stop",
     "deterministic",
     "memory_format",
+    "cuda_graph",
     "diagnostics",
 }
 

@@ -14,6 +14,7 @@ from converter.cost import count_parameters
 from converter.errors import StiefelError
 from converter.factors import factored_layers
 from trainers import checks
+from trainers.capture import RecordedStep, can_record
 from trainers.data import Data, batches, begin_epoch, epoch_order, images
 from trainers.device import autocast, peak_memory_mib, resolve_device
 from trainers.diagnostics import Diagnostics
@@ -24,7 +25,7 @@ from trainers.interrupt import Stop, interruptible
 from trainers.meter import Meter, Reading
 from trainers.randomness import random_state, repeatable, restore_random_state
 from trainers.rank_schedule import check_schedule, look, lowered
-from trainers.rules import SSA, RuleSettings, make_rule
+from trainers.rules import SSA, RuleSettings, StepResult, make_rule
 from trainers.settings import TrainSettings
 from trainers.state import RunFolder, check_materials, check_same, materials, restore
 from trainers.update import Update
@@ -162,6 +163,7 @@ class _Training:
             self._restore(kept)
         elif self.folder is not None and self.world.is_main:
             self.folder.start()
+        self._prepare_step()
         if settings.diagnostics:
             rest = {"seed": settings.seed, "label_smoothing": settings.label_smoothing}
             self.diagnostics = Diagnostics(
@@ -205,14 +207,22 @@ class _Training:
 
     def _train_step(self, parts: list[tuple[Tensor, Tensor]]) -> None:
         """One step on one batch, which comes in parts; it never waits for the device."""
-        scale, label_smoothing = self.update.scale(), self.settings.label_smoothing
         for x, y in parts:
-            with autocast(self.device, self.settings.precision):
-                result = self.rule.step(
-                    self.network, self.state, x, y, scale=scale, label_smoothing=label_smoothing
-                )
-            self.meter.add(result, y)
+            self.meter.add(self.learn(x, y), y)
         self.update((self.epoch - 1) * self.steps + self.step)
+
+    def _prepare_step(self) -> None:
+        """Build `learn`, forward and backward, for the parameters that are there now."""
+        settings, world = self.settings, self.world
+
+        def learn(x: Tensor, y: Tensor) -> StepResult:
+            rest = {"scale": self.update.scale(), "label_smoothing": settings.label_smoothing}
+            with autocast(self.device, settings.precision):
+                return self.rule.step(self.network, self.state, x, y, **rest)
+
+        self.learn = learn
+        if settings.cuda_graph and can_record(self.rule_settings, self.device, world.size):
+            self.learn = RecordedStep(learn, self.update.parameters)
 
     def _batches(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
         """This process's share of the epoch's batches from `step` on, in parts, on the device."""
@@ -239,9 +249,9 @@ class _Training:
         if not self.settings.ranks.active:
             return
         epochs, model = self.settings.epochs, look(self.network)
-        self.update.truncate(
-            lowered(self.settings.ranks, self.epoch, epochs, model, self.first_ranks)
-        )
+        ranks = lowered(self.settings.ranks, self.epoch, epochs, model, self.first_ranks)
+        if self.update.truncate(ranks):
+            self._prepare_step()
 
     def _look(self, epoch: int) -> None:
         """Diagnose, if it is time to; the training goes on as if nothing had happened."""

@@ -43,6 +43,11 @@ class Update:
         self._hold_parameters()
 
     @property
+    def parameters(self) -> list[nn.Parameter]:
+        """All that are trained; others stand in their places after a truncation."""
+        return list(self._parameters)
+
+    @property
     def lr(self) -> float:
         """The rate of the last step."""
         return self._optimizer.param_groups[0]["lr"]

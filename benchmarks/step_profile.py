@@ -1,0 +1,160 @@
+"""What a training step spends its time on, and how long the GPU waits meanwhile.
+
+Each network's steps, forward and backward with the optimizer's update, are profiled launched from
+Python and, on CUDA, recorded as a graph. Busy: the time in which kernels run, of a step's.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.command_line import Listed, Script
+from benchmarks.study import RESULTS, commit, markdown_table
+from benchmarks.training_cost import NETWORKS, RULES, WARM_UP, layout, prepare
+from converter.convert import convert, plan
+from converter.files import write_text
+from converter.models import load
+from export.doctor import environment
+from trainers.device import resolve_device
+from trainers.settings import TrainSettings
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler talks to itself
+
+STEPS = 5
+SHOWN = 8
+
+
+@click.command(cls=Script, help=__doc__)
+@click.option(
+    "--networks",
+    type=Listed(click.Choice([*NETWORKS])),
+    default="resnet32,vgg13",
+    show_default=True,
+)
+@click.option("--rules", type=Listed(click.Choice([*RULES])), default="backprop,ssa")
+@click.option("--batch", type=int, help="images to a step  [default: what suits the network]")
+@click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32")
+@click.option("--device", "name", default="auto", show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), help="the JSON file; .md beside it")
+def main(networks, rules, batch, precision, name, out) -> None:
+    device = resolve_device(name)
+    path = out or RESULTS / f"step-profile-{device.type}.json"
+    settings = TrainSettings(device=device.type, precision=precision)
+    rows = []
+    for key in networks:
+        spec, shape, classes, few, many = NETWORKS[key]
+        count = batch or (many if device.type == "cuda" else few)
+        torch.manual_seed(0)
+        x = torch.randn(count, *shape).to(device, memory_format=layout(device))
+        labels = torch.arange(count, device=device) % classes
+        dense = load(spec)
+        forms = {
+            "dense": dense,
+            "factored": convert(dense, plan(dense, "0.5", example=x[:1].cpu())),
+        }
+        for rule in rules:
+            form, asked = RULES[rule]
+            contender = prepare(rule, forms[form], asked, x, labels, classes, settings)
+            ways = {"launched": contender.learn, "recorded": contender.recorded}
+            for way, learn in ways.items():
+                if learn is not None:
+                    place = {"network": key, "rule": rule, "images": count, "way": way}
+                    rows.append(place | profiled(learn, contender.update, device))
+                    print(_line(rows[-1]), flush=True)
+    about = {"precision": precision, "rank": "0.5", "steps": STEPS, "seed": 0}
+    facts = environment(device) | {"commit": commit(), "threads": torch.get_num_threads()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    result = {"about": about, "environment": facts, "rows": rows}
+    write_text(path, json.dumps(result, indent=1) + "\n")
+    write_text(path.with_suffix(".md"), "\n".join(_tables(result)))
+
+
+def profiled(
+    learn: Callable[[], object], update: Callable[[], None], device: torch.device
+) -> dict[str, Any]:
+    """Times of one step in ms, unprofiled and of its operations; on the device, if it is a GPU."""
+
+    def steps() -> float:
+        start = time.perf_counter()
+        for _ in range(STEPS):
+            learn()
+            update()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return 1e3 * (time.perf_counter() - start) / STEPS
+
+    for _ in range(WARM_UP + 1):
+        learn()
+        update()
+    steps()
+    wall = steps()
+    gpu = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
+    with profile(activities=activities) as recorded:
+        steps()
+    events = recorded.key_averages()
+    kernels = [e for e in events if e.device_type == DeviceType.CUDA]
+    # A graph's kernels belong to no operation.
+    operations = [e for e in events if e.device_type == DeviceType.CPU]
+    times = {
+        e.key: ((e.self_device_time_total if gpu else e.self_cpu_time_total), e.count)
+        for e in operations
+    }
+    largest = sorted(times.items(), key=lambda item: -item[1][0])[:SHOWN]
+    return {
+        "step_ms": wall,
+        "busy_ms": sum(e.self_device_time_total for e in kernels) / 1e3 / STEPS if gpu else wall,
+        "kernels": sum(e.count for e in kernels) / STEPS,
+        "operations": [
+            {"name": name, "ms": spent / 1e3 / STEPS, "calls": calls / STEPS}
+            for name, (spent, calls) in largest
+            if spent
+        ],
+    }
+
+
+def _line(row: dict[str, Any]) -> str:
+    return (
+        f"{row['network']}, {row['rule']}, {row['way']}: {row['step_ms']:.2f} ms a step, "
+        f"{row['kernels']:.0f} kernels, busy {row['busy_ms']:.2f} ms"
+    )
+
+
+def _tables(result: dict[str, Any]) -> Iterator[str]:
+    facts = result["environment"]
+    where = facts.get("gpu") or f"{facts['processor']}, {facts['threads']} thread(s)"
+    yield "# What a training step spends its time on\n"
+    yield f"{where}, {result['about']['precision']}, torch {facts['torch']}, half rank.\n"
+    head = ["network, rule", "images", "step, ms", "busy, ms", "kernels"]
+    yield markdown_table(
+        head,
+        (
+            [
+                f"{row['network']}, {row['rule']}, {row['way']}",
+                str(row["images"]),
+                f"{row['step_ms']:.2f}",
+                f"{row['busy_ms']:.2f}",
+                f"{row['kernels']:.0f}",
+            ]
+            for row in result["rows"]
+        ),
+    )
+    for row in result["rows"]:
+        if row["operations"] and row["way"] == "launched":
+            yield f"## {row['network']}, {row['rule']}: the largest operations of a step\n"
+            lines = (
+                [f"`{o['name']}`", f"{o['ms']:.2f}", f"{o['calls']:.0f}"] for o in row["operations"]
+            )
+            yield markdown_table(["", "ms", "calls"], lines)
+
+
+if __name__ == "__main__":
+    main()
