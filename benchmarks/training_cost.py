@@ -85,7 +85,7 @@ HEAVY = (
 )
 
 
-@dataclass
+@dataclass(eq=False)
 class Contender:
     """One rule on its own copy of a network, ready to step."""
 
@@ -94,9 +94,7 @@ class Contender:
     state: nn.Module
     learn: Callable[[], StepResult]  # forward and backward
     update: Callable[[], None]  # the optimizer and the retraction
-    recorded: Callable[[], StepResult] | None  # `learn` as one CUDA graph
     seconds: list[tuple[float, float]] = field(default_factory=list)  # of learning, and updating
-    launched_seconds: list[float] = field(default_factory=list)  # of a step that isn't recorded
 
 
 @click.command(cls=Script, help=__doc__)
@@ -174,63 +172,66 @@ def compare(
     factored = convert(dense, plan(dense, rank, example=x[:1].cpu()))
     forms = {"dense": dense, "factored": factored}
     labels = torch.arange(len(x), device=x.device) % classes
-    contenders = [
-        prepare(name, forms[RULES[name][0]], RULES[name][1], x, labels, classes, settings)
-        for name in rules
-    ]
-    rows = [weigh(contender, x.device) for contender in contenders]
-    for contender in contenders:
-        for _ in range(WARM_UP + 1 if contender.recorded else 0):
-            contender.recorded()
-            contender.update()
-    for _ in range(rounds):
+
+    def ready(record: bool) -> list[Contender]:
+        return [
+            prepare(name, forms[RULES[name][0]], x, labels, classes, settings, record)
+            for name in rules
+        ]
+
+    launched = ready(record=False)
+    rows = [weigh(contender, x.device) for contender in launched]
+    contenders = launched if x.device.type == "cpu" else ready(record=True)
+    for _ in range(WARM_UP + 1 if contenders is not launched else 0):
         for contender in contenders:
-            contender.seconds.append(_round(contender.recorded or contender.learn, contender, x))
-            if contender.recorded:
-                contender.launched_seconds.append(sum(_round(contender.learn, contender, x)))
+            contender.learn()
+            for _ in range(settings.retract_every):
+                contender.update()
+    for _ in range(rounds):
+        for contender in dict.fromkeys((*contenders, *launched)):
+            contender.seconds.append(_round(contender, x.device))
     base = next(c.seconds for c in contenders if c.name == BASE)
-    for row, contender in zip(rows, contenders, strict=True):
+    for row, contender, other in zip(rows, contenders, launched, strict=True):
         pairs = zip(contender.seconds, base, strict=True)
         ratios = [sum(mine) / sum(theirs) for mine, theirs in pairs]
         low, middle, high = statistics.quantiles(ratios, n=4) if rounds > 1 else ratios * 3
         row |= {
             "step_ms_p50": 1e3 * statistics.median(map(sum, contender.seconds)),
             "update_ms_p50": 1e3 * statistics.median(update for _, update in contender.seconds),
+            "launched_ms_p50": 1e3 * statistics.median(map(sum, other.seconds)),
             "time_ratio": middle,
             "time_ratio_low": low,
             "time_ratio_high": high,
         }
-        if contender.recorded:
-            row["launched_ms_p50"] = 1e3 * statistics.median(contender.launched_seconds)
     return rows
 
 
 def prepare(
     name: str,
     model: nn.Module,
-    rule: RuleSettings,
     x: Tensor,
     labels: Tensor,
     classes: int,
     settings: TrainSettings,
+    record: bool,
 ) -> Contender:
-    """A contender with a training step of its own."""
+    """A contender with a training step of its own, recorded as the trainer would if asked to."""
+    rule = RULES[name][1]
     network = copy.deepcopy(model).to(x.device, memory_format=layout(x.device)).train()
     learner = make_rule(rule)
     generator = torch.Generator().manual_seed(0)
     state = learner.init(network, x, classes, generator).to(x.device)
-    update = Update(network, state, settings, x.device, World(), steps=10_000)
-    done = iter(range(10_000))
+    record = record and can_record(rule, x.device, processes=1)
+    rest = {"steps": 100_000, "record": record}
+    update = Update(network, state, settings, x.device, World(), **rest)
+    done = iter(range(100_000))
 
     def learn(x: Tensor, labels: Tensor) -> StepResult:
         with autocast(x.device, settings.precision):
             return learner.step(network, state, x, labels, scale=update.scale())
 
-    recorded = None
-    if can_record(rule, x.device, processes=1):
-        recorded = partial(RecordedStep(learn, update.parameters), x, labels)
-    launched = partial(learn, x, labels)
-    return Contender(name, network, state, launched, lambda: update(next(done)), recorded)
+    learn = RecordedStep(learn, update.parameters) if record else learn
+    return Contender(name, network, state, partial(learn, x, labels), lambda: update(next(done)))
 
 
 def weigh(contender: Contender, device: torch.device) -> dict[str, Any]:
@@ -262,17 +263,18 @@ def layout(device: torch.device) -> torch.memory_format:
     return torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
 
-def _round(learn: Callable[[], object], contender: Contender, x: Tensor) -> tuple[float, float]:
+def _round(contender: Contender, device: torch.device) -> tuple[float, float]:
     """Seconds of learning and of updating, of one step."""
-    if x.device.type != "cuda":
-        return _timed(learn), _timed(contender.update)
+    learn, update = contender.learn, contender.update
+    if device.type == "cpu":
+        return _timed(learn), _timed(update)
 
     def step() -> None:
         learn()
-        contender.update()
+        update()
 
     # A GPU is launched ahead of, so what the parts take is known from what they take together.
-    learning, whole = (_timed_ahead(work, x.device) for work in (learn, step))
+    learning, whole = (_timed_ahead(work, device) for work in (learn, step))
     return learning, whole - learning
 
 
@@ -349,7 +351,7 @@ def _tables(result: dict[str, Any]) -> Iterator[str]:
 
 def _cells(row: dict[str, Any], rows: list[dict[str, Any]], recorded: bool) -> list[str]:
     saved, peak = _ratios(row, rows)
-    launched, digits = row.get("launched_ms_p50"), 1 if recorded else 0
+    digits = 1 if recorded else 0
     return [
         row["rule"],
         f"{row['activations_mib']:.1f}",
@@ -360,7 +362,7 @@ def _cells(row: dict[str, Any], rows: list[dict[str, Any]], recorded: bool) -> l
         f"{row['step_ms_p50']:.{digits}f}",
         f"{row['update_ms_p50']:.{digits}f}",
         f"{row['time_ratio']:.2f} ({row['time_ratio_low']:.2f}–{row['time_ratio_high']:.2f})",
-        *([f"{launched:.1f}" if launched else "–"] if recorded else []),
+        *([f"{row['launched_ms_p50']:.1f}"] if recorded else []),
     ]
 
 

@@ -204,7 +204,8 @@ def _project_moments(factors: list[nn.Parameter], points: Tensor, optimizer: Opt
         held = [i for i, state in enumerate(states) if state is not None]
         if held:
             moments = [states[i] for i in held]
-            at = points if len(held) == len(factors) else points[held]
+            whole = len(held) == len(factors)
+            at = points if whole else torch.stack([points[i] for i in held])
             projected = tangent(torch.stack(moments), at)
             squares = [optimizer.state[factors[i]].get("exp_avg_sq") for i in held]
             if squares[0] is not None:

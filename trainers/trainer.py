@@ -158,7 +158,10 @@ class _Training:
             restore(network, self.state, kept, self.folder.state)
         self.world.broadcast_(network, self.state)
         total = settings.epochs * self.steps
-        self.update = Update(network, self.state, settings, device, self.world, total)
+        recordable = can_record(self.rule_settings, device, self.world.size)
+        self.recorded = settings.cuda_graph and recordable
+        rest = {"steps": total, "record": self.recorded}
+        self.update = Update(network, self.state, settings, device, self.world, **rest)
         if kept is not None:
             self._restore(kept)
         elif self.folder is not None and self.world.is_main:
@@ -213,7 +216,7 @@ class _Training:
 
     def _prepare_step(self) -> None:
         """Build `learn`, forward and backward, for the parameters that are there now."""
-        settings, world = self.settings, self.world
+        settings = self.settings
 
         def learn(x: Tensor, y: Tensor) -> StepResult:
             rest = {"scale": self.update.scale(), "label_smoothing": settings.label_smoothing}
@@ -221,7 +224,7 @@ class _Training:
                 return self.rule.step(self.network, self.state, x, y, **rest)
 
         self.learn = learn
-        if settings.cuda_graph and can_record(self.rule_settings, self.device, world.size):
+        if self.recorded:
             self.learn = RecordedStep(learn, self.update.parameters)
 
     def _batches(self) -> Iterator[list[tuple[Tensor, Tensor]]]:

@@ -1,5 +1,6 @@
 """Balanced blocks: units joined as far as the largest one's memory allows, and no further."""
 
+import gc
 from itertools import pairwise
 
 import pytest
@@ -131,3 +132,17 @@ def test_balanced_blocks_hold_no_more_than_units_do(factored, images):
         held[boundaries] = saved.peak_bytes, len(cuts.blocks)
     assert held["balanced"][1] < held["units"][1]
     assert held["balanced"][0] <= 1.02 * held["units"][0]
+
+
+def test_looking_for_cuts_holds_no_graph_afterwards(factored, images):
+    """What saves its own input would keep it, and all before it, for as long as the process runs."""
+    network = factored("smallconv")
+    gc.collect()
+    before = _graphs()
+    cut(network, images, CutSettings())
+    gc.collect()
+    assert _graphs() == before
+
+
+def _graphs() -> int:
+    return sum(type(o) is torch.Tensor and o.grad_fn is not None for o in gc.get_objects())

@@ -95,7 +95,7 @@ class _Saved:
             storage = tensor.untyped_storage()
             saved[storage.data_ptr()] = storage.nbytes()
             kept.append(tensor.detach())
-            return tensor
+            return kept[-1]  # the tensor itself would hold its own graph, which nothing frees then
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             for _ in cuts.walk(x, detached):
