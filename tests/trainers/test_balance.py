@@ -135,7 +135,7 @@ def test_balanced_blocks_hold_no_more_than_units_do(factored, images):
 
 
 def test_looking_for_cuts_holds_no_graph_afterwards(factored, images):
-    """What saves its own input would keep it, and all before it, for as long as the process runs."""
+    """A hook that kept what it is given would keep all before it as long as the process runs."""
     network = factored("smallconv")
     gc.collect()
     before = _graphs()
