@@ -78,15 +78,14 @@ def bench(
             is not there, or a node that should run on CUDA fell back to the CPU.
     """
     settings = settings or BenchSettings()
-    devices = list(dict.fromkeys(resolve_device(name) for name in settings.devices))
-    for runtime, device in _places(settings, devices):
-        runtime.check(device)
+    found = places(settings)
+    devices = list(dict.fromkeys(device for _, device in found))
     with _threads(settings.threads), tempfile.TemporaryDirectory() as folder:
         subjects = subjects_of(models, modules or {})
         shape = input_shape(subjects, example, settings.image_size)
         plan = [
             (runtime, device, precision, batch)
-            for runtime, device in _places(settings, devices)
+            for runtime, device in found
             for precision in settings.precisions
             for batch in settings.batches
         ]
@@ -289,15 +288,23 @@ def median_interval(ordered: Sequence[float], confidence: float = 0.95) -> tuple
     return ordered[k - 1], ordered[n - k]
 
 
-def _places(settings: BenchSettings, devices: list[torch.device]):
-    """Each runtime on each device that it knows."""
+def places(settings: BenchSettings) -> list[tuple[Runtime, torch.device]]:
+    """Each runtime on each device that it knows, all of which work here.
+
+    Raises:
+        StiefelError: a runtime or device is not there.
+    """
+    devices = list(dict.fromkeys(resolve_device(name) for name in settings.devices))
+    found = []
     for device in devices:
         for name in settings.runtimes:
             runtime = RUNTIMES[name]
             if device.type in runtime.devices:
-                yield runtime, device
+                runtime.check(device)
+                found.append((runtime, device))
             elif len(devices) == 1:
                 raise StiefelError(f"{name} runs on {runtime.devices[0]} only, not on {device}")
+    return found
 
 
 def _refuse_untimed(subjects: list[Subject], ways: set[tuple[Runtime, str]]) -> None:

@@ -67,10 +67,15 @@ def doctor() -> dict[str, Any]:
         + [{"device": f"cuda:{i}"} | _gpu(i) for i in gpus],
         "cuda_build": torch.version.cuda,
         "providers": {name: "loads" if why is None else why for name, why in found.items()},
-        "compiler": shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++"),
+        "compiler": compiler(),
     }
     report["remedies"] = list(_remedies(report, found))
     return report
+
+
+def compiler() -> str | None:
+    """The C++ compiler that torch.compile needs on the CPU, if there is one."""
+    return shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
 
 
 @cache

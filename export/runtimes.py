@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from converter.errors import StiefelError
 from export import parity
 from export.ceilings import DTYPES, synchronise
-from export.doctor import PROVIDERS, hush, preload, quiet_options, try_provider
+from export.doctor import PROVIDERS, compiler, hush, preload, quiet_options, try_provider
 from export.onnx import OnnxSettings, export_onnx, size_on_disk
 
 Call = Callable[[], Any]
@@ -126,6 +126,11 @@ class Compiled(Eager):
     """torch.compile with its defaults; compilation counts as loading."""
 
     name = "torch-compile"
+
+    def check(self, device: torch.device) -> None:
+        """On the CPU it needs a compiler."""
+        if device.type == "cpu" and compiler() is None:
+            raise StiefelError(f"{self.name} on the CPU needs a C++ compiler such as g++")
 
     def _runner(self, model: nn.Module, x: Tensor) -> Call:
         compiled = torch.compile(model, dynamic=False)

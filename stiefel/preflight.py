@@ -22,12 +22,14 @@ from converter.ranks import (
     policy_rank,
 )
 from converter.requests import Request, read_requests
+from export.bench import places
 from stiefel.materials import calibration_images, example_of
 from stiefel.recipe import ConvertSection, Recipe, TrainSection
-from trainers.checks import check_factored
+from trainers.checks import check_factored, check_parts
 from trainers.cuts import CutSettings, cut
-from trainers.rank_schedule import check_schedule, look
+from trainers.rank_schedule import check_epochs, check_schedule, look
 from trainers.rules import SSA
+from trainers.settings import TrainSettings
 
 
 def check(recipe: Recipe, model: nn.Module) -> None:
@@ -39,17 +41,20 @@ def check(recipe: Recipe, model: nn.Module) -> None:
         model: the recipe's, as built; it is only looked at.
 
     Raises:
-        StiefelError: the model is factored already, or the convert or train section can't be
-            carried out.
+        StiefelError: the model is factored already, or a section can't be carried out.
     """
     if layers := factored_layers(model):
         raise StiefelError(
             f"model: {next(iter(layers))} is factored already, and a recipe begins with a dense "
             "model; train this one further with stiefel train-local"
         )
+    if recipe.pretrain:
+        _check_training(recipe.pretrain, model, factors=False)
     factors = recipe.convert is not None and _check_convert(recipe.convert, model, recipe.seed)
     if recipe.train:
         _check_train(recipe.train, model, recipe.convert is not None, factors)
+    if recipe.bench:
+        places(recipe.bench)
 
 
 def _check_convert(section: ConvertSection, model: nn.Module, seed: int) -> bool:
@@ -105,4 +110,13 @@ def _check_train(section: TrainSection, model: nn.Module, converts: bool, factor
         cut(model, example_of(model), rule)
     if not factors:
         check_factored(model, rule)
+    _check_training(section, model, factors)
+
+
+def _check_training(section: TrainSettings, model: nn.Module, factors: bool) -> None:
+    """Refuse what no rule can do; of ranks only the epochs where there are none to look at yet."""
+    check_parts(section.batch_size, section.accumulate)
+    if factors:
+        check_epochs(section.ranks, section.epochs)
+    else:
         check_schedule(section.ranks, section.epochs, look(model))

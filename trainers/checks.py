@@ -94,17 +94,31 @@ def check_test_images(network: nn.Module, example: Tensor, data: Data) -> None:
         try_out(network, image, who)
 
 
+def check_parts(batch_size: int, shares: int) -> None:
+    """Refuse a batch that can't be split into `shares` equal parts.
+
+    Raises:
+        StiefelError: names the next larger batch that can.
+    """
+    if batch_size % shares:
+        raise StiefelError(
+            f"batch_size {batch_size} can't be split into {shares} equal parts (accumulate × "
+            f"processes); {shares * (batch_size // shares + 1)} can"
+        )
+
+
 def count_part(images: int, batch_size: int, shares: int) -> int:
     """Images to one forward pass, where each batch is split into `shares` equal parts.
 
     Raises:
         StiefelError: it can't be.
     """
+    check_parts(batch_size, shares)
     part = min(batch_size, images) // shares
-    if batch_size % shares or part == 0:
+    if part == 0:
         raise StiefelError(
-            f"batch_size {batch_size} with {images} training images can't be split into {shares} "
-            "equal parts (accumulate × processes)"
+            f"{images} training images can't be split into {shares} equal parts (accumulate × "
+            "processes)"
         )
     return part
 

@@ -144,6 +144,16 @@ def falls(schedule: RankSchedule, epochs: int) -> list[int]:
     return list(range(end, schedule.start - 1, -schedule.every))[::-1]
 
 
+def check_epochs(schedule: RankSchedule, epochs: int) -> None:
+    """Refuse ranks that would never fall as far as they should.
+
+    Raises:
+        StiefelError: names the epoch that never comes.
+    """
+    if schedule.active and (last := falls(schedule, epochs)[-1]) > epochs:
+        raise StiefelError(f"ranks: epoch {last} never comes in {epochs} epochs; lower start, end")
+
+
 def check_schedule(schedule: RankSchedule, epochs: int, model: ModelRanks) -> None:
     """Refuse what can't be done, before anything is trained.
 
@@ -155,8 +165,7 @@ def check_schedule(schedule: RankSchedule, epochs: int, model: ModelRanks) -> No
         return
     if not model.layers:
         raise StiefelError("ranks: the model has no factored layer whose rank could fall")
-    if (last := falls(schedule, epochs)[-1]) > epochs:
-        raise StiefelError(f"ranks: epoch {last} never comes in {epochs} epochs; lower start, end")
+    check_epochs(schedule, epochs)
     policy = schedule.policy
     if isinstance(policy, Budget):
         share = model.parameters(model.ranks()) / model.dense

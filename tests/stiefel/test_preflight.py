@@ -9,6 +9,7 @@ from converter.checkpoints import save_factored
 from converter.convert import convert, plan
 from converter.errors import StiefelError
 from converter.models import load
+from export import runtimes
 from stiefel import run as running
 from stiefel.console import Console
 from stiefel.materials import example_of
@@ -36,8 +37,24 @@ MISTAKES = [
     ({"convert": {"rank": "0.5", "layers": {"*": "keep"}}, "train": {}}, "no factored layer"),
     ({"train": {"rule": {"name": "bp"}, "ranks": {"final": "4"}}}, "no factored layer"),
     ({"convert": {}, "train": {"rule": SSA | {"blocks": ["bloks.*"]}}}, "matches bloks"),
+    ({"convert": {}, "train": {"epochs": 3, "ranks": {"final": 4, "end": 5}}}, "epoch 5 never"),
+    ({"convert": {}, "train": {"batch_size": 10, "accumulate": 4}}, "10 can't be split into 4"),
+    ({"pretrain": {"batch_size": 2, "accumulate": 4}}, "into 4 equal parts (accumulate × proc"),
+    ({"pretrain": {"ranks": {"final": 4}}}, "no factored layer"),
+    ({"bench": {"runtimes": ["torch-cudagraph"], "devices": ["cpu"]}}, "runs on cuda only"),
     ({"convert": {}, "train": {"teach": False, "rule": SSA | {"lookahead": 1}}}, "lookahead"),
 ]
+
+
+def refused_in_one_line(recipe: Recipe, folder, message: str) -> None:
+    """Refused before the folder is touched, and by a dry run in the same words."""
+    with pytest.raises(StiefelError) as caught:
+        running.run(recipe, folder, Console())
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not folder.exists()
+    with pytest.raises(StiefelError, match=re.escape(str(caught.value))):
+        running.dry_run(recipe)
 
 
 @pytest.mark.parametrize(("sections", "message"), MISTAKES)
@@ -45,13 +62,21 @@ def test_a_mistake_in_a_later_section_is_refused_before_the_folder_is_touched(
     sections, message, tmp_path
 ):
     recipe = Recipe.model_validate(RECIPE | sections)
-    with pytest.raises(StiefelError) as caught:
-        running.run(recipe, tmp_path / "run", Console())
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert not (tmp_path / "run").exists()
-    with pytest.raises(StiefelError, match=re.escape(str(caught.value))):
-        running.dry_run(recipe)
+    refused_in_one_line(recipe, tmp_path / "run", message)
+
+
+def test_a_runtime_that_is_not_installed_is_refused_before_the_folder_is_touched(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(runtimes, "try_provider", lambda provider: "does not load")
+    monkeypatch.setattr(runtimes, "compiler", lambda: None)
+    for name, message in (
+        ("onnxruntime", "ONNX Runtime's CPUExecutionProvider does not work here"),
+        ("torch-compile", "needs a C++ compiler"),
+    ):
+        bench = {"runtimes": ["torch", name], "devices": ["cpu"]}
+        recipe = Recipe.model_validate(RECIPE | {"bench": bench})
+        refused_in_one_line(recipe, tmp_path / "run", message)
 
 
 def test_a_factored_model_is_refused_by_a_recipe_that_begins_with_a_dense_one(tmp_path):
