@@ -1,6 +1,5 @@
 """The commands: each parses its line, calls one function, prints what came of it."""
 
-import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -314,8 +313,7 @@ def evaluate_command(**values: Any) -> None:
             device=resolve_device(values["device"]),
             precision=values["precision"],
         )
-    if not math.isfinite(result.loss):
-        raise StiefelError("the model's output isn't finite; no figure would mean much")
+    result.require_finite()
     console.show(
         f"accuracy {100 * result.accuracy:.2f} %, loss {result.loss:.4f}, {result.images:,} images"
     )

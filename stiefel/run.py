@@ -1,6 +1,5 @@
 """A recipe, start to end: build → pretrain → convert → train → export → bench → report."""
 
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from torch import nn
 from converter import convert as factoring
 from converter.checkpoints import load_any, save_dense, save_factored
 from converter.cost import count_macs, count_parameters
-from converter.errors import StiefelError
 from converter.ranks import RankPlan
 from export.bench import bench
 from export.doctor import environment
@@ -248,6 +246,7 @@ class Road:
         model.cpu()
         with self.console.status(f"evaluate {stage}"):
             evaluation = evaluate(model, self.data.test, device=self.device)
+        evaluation.require_finite(f"{stage}: the model")
         model.cpu()
         figures = {
             "accuracy": evaluation.accuracy,
@@ -263,10 +262,6 @@ class Road:
                 model, rule, batch, num_classes=require_spec(model).num_classes, teacher=teacher
             )
             figures["activation_memory_batch"] = MEMORY_BATCH
-        if any(isinstance(v, float) and not math.isfinite(v) for v in figures.values()):
-            raise StiefelError(
-                f"{stage}: the model's output isn't finite; no figure would mean much"
-            )
         self._keep(stage, figures)
 
     def _last_stage(self) -> str:

@@ -1,5 +1,6 @@
 """How well a model classifies a data set."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,6 +22,15 @@ class Evaluation:
     accuracy: float
     loss: float
     images: int
+
+    def require_finite(self, who: str = "the model") -> None:
+        """Refuse to go by this where the network has come to naught.
+
+        Raises:
+            StiefelError: the loss isn't finite.
+        """
+        if not math.isfinite(self.loss):
+            raise StiefelError(f"{who}'s output isn't finite; no figure would mean much")
 
 
 def evaluate(

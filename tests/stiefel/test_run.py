@@ -7,9 +7,10 @@ import onnxruntime
 import pytest
 import torch
 
-from converter.checkpoints import load_any
+from converter.checkpoints import load_any, save_dense
 from converter.errors import StiefelError
 from converter.factors import factored_layers
+from converter.models import load
 from stiefel import run as running
 from stiefel.console import Console
 from stiefel.recipe import Recipe
@@ -217,3 +218,13 @@ def test_a_run_that_cannot_begin_leaves_no_folder(tmp_path):
     with pytest.raises(StiefelError, match="digits"):
         running.run(recipe, tmp_path / "run", Console())
     assert not (tmp_path / "run").exists()
+
+
+def test_a_model_whose_output_is_not_finite_ends_the_run_by_the_stage_s_name(tmp_path):
+    model = load("zoo:digits")
+    with torch.no_grad():
+        next(model.parameters()).fill_(float("nan"))
+    save_dense(model, tmp_path / "nan.safetensors")
+    sections = {"model": {"checkpoint": str(tmp_path / "nan.safetensors")}, "data": QUICK["data"]}
+    with pytest.raises(StiefelError, match="^dense: the model's output isn't finite; no figure"):
+        running.run(Recipe.model_validate(sections), tmp_path / "run", Console())
