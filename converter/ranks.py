@@ -310,7 +310,8 @@ def spectrum_error(spectrum: Spectrum | None, rank: int | None) -> float | None:
 def check_rank(name: str, rank: int | None, highest: int) -> None:
     """Refuse a rank below 1 or above the highest by the layer's name."""
     if rank is not None and not 1 <= rank <= highest:
-        raise StiefelError(f"{name}: rank {rank} is not possible; choose 1 to {highest}")
+        right = f"choose 1 to {highest}" if highest else "it can only be kept as it is"
+        raise StiefelError(f"{name}: rank {rank} is not possible; {right}")
 
 
 def policy_rank(

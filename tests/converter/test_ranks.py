@@ -286,6 +286,7 @@ def test_an_edited_plan_counts_and_converts_anew():
     [
         (lambda d: d["layers"][1].update(rank=0), "3: rank 0 is not possible; choose 1 to 48"),
         (lambda d: d["layers"][1].update(rank=49), "3: rank 49 is not possible; choose 1 to 48"),
+        (lambda d: d["layers"][3].update(rank=4), "6: rank 4 is not possible; it can only be kept"),
         (lambda d: d["layers"][1].update(rank="x"), "layers.1.rank"),
         (lambda d: d["layers"][1].update(rnak=3), "layers.1.rnak"),
         (lambda d: d["layers"][1].update(scheme="diagonal"), "layers.1.scheme"),
