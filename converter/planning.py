@@ -153,6 +153,8 @@ def assemble(
         dense_macs=counts.macs,
         **latency,
     )
+    if latency:
+        result = result.model_copy(update={"timed": result.fingerprint})
     result._spectra.update(decompose.known)
     return result
 

@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -192,6 +193,9 @@ class RankPlan(Settings):
     factored_latency_ms: float | None = Field(
         None, description="the same with the planned layers as two plain layers each"
     )
+    timed: str | None = Field(
+        None, description="fingerprint of the schemes and ranks that factored_latency_ms is of"
+    )
 
     # Decompositions found while planning; `convert` in the same process need not repeat them.
     _spectra: dict[tuple[str, str | None], Spectrum] = PrivateAttr(default_factory=dict)
@@ -242,6 +246,12 @@ class RankPlan(Settings):
         """The layers that will be factored, or factored further."""
         return tuple(layer for layer in self.layers if layer.rank is not None)
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the schemes and ranks: tells an edited plan from the one that was timed."""
+        chosen = [(layer.name, layer.scheme, layer.rank) for layer in self.factored]
+        return sha256(repr(chosen).encode()).hexdigest()[:16]
+
     def with_rank(self, name: str, rank: int | None) -> RankPlan:
         """The plan with another rank for one layer and those tied to it; None keeps it as it is.
 
@@ -262,8 +272,16 @@ class RankPlan(Settings):
         layers = tuple(
             p.model_copy(update=changes) if owner in (p.name, p.tied_to) else p for p in self.layers
         )
-        # What was measured was another plan.
-        return self.model_copy(update={"layers": layers, "factored_latency_ms": None})
+        return self.model_copy(update={"layers": layers}).with_latency_of(self)
+
+    def with_latency_of(self, plan: RankPlan) -> RankPlan:
+        """With what was measured for a plan of the same model, the factored one's if it is this."""
+        timed = plan.timed if plan.timed == self.fingerprint else None
+        latency = {
+            "dense_latency_ms": plan.dense_latency_ms,
+            "factored_latency_ms": plan.factored_latency_ms if timed else None,
+        }
+        return self.model_copy(update={**latency, "timed": timed})
 
     def without_spectra(self) -> RankPlan:
         """The plan as it would be read back: light enough to travel with a model."""
@@ -275,17 +293,18 @@ class RankPlan(Settings):
 
     @classmethod
     def from_json(cls, text: str) -> RankPlan:
-        """Read a plan back, edited or not.
+        """Read a plan back, edited or not; how long an edited one takes is not known.
 
         Raises:
             StiefelError: the text is not a plan; the first fault is named.
         """
         try:
-            return cls.model_validate_json(text)
+            plan = cls.model_validate_json(text)
         except ValueError as error:
             fault = error.errors()[0] if hasattr(error, "errors") else {"msg": error, "loc": ()}
             where = ".".join(str(part) for part in fault["loc"])
             raise StiefelError(f"not a rank plan: {where}: {fault['msg']}") from None
+        return plan.with_latency_of(plan)
 
 
 @dataclass(frozen=True)

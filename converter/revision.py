@@ -29,7 +29,7 @@ def revise(
     """The plan's schemes and ranks, and whatever follows from them found anew; the model is read.
 
     A layer that the plan doesn't name is kept. Of layers that share a weight, the owner's entry
-    counts. What a plan's latency was is forgotten, for it may have been another plan's.
+    counts. A plan's latency stays where the schemes and ranks are those that were timed.
 
     Args:
         model: the model that was planned for.
@@ -54,7 +54,8 @@ def revise(
         if progress:
             progress("plan", done, len(ranked))
         decompose(layer, decisions[layer.name].scheme, decisions[layer.name].rank)
-    return assemble(found, decisions, decompose, count(ready, example), plan.policy, {})
+    counts = count(ready, example)
+    return assemble(found, decisions, decompose, counts, plan.policy, {}).with_latency_of(plan)
 
 
 def check_plan(plan: RankPlan, found: Mapping[str, Layer]) -> None:

@@ -12,6 +12,7 @@ from converter.convert import plan
 from converter.cost import layer_calls
 from converter.errors import StiefelError
 from converter.layers import find_layers, prepared
+from converter.ranks import RankPlan
 
 
 @pytest.fixture
@@ -119,6 +120,7 @@ def test_a_plan_that_met_the_budget_by_luck_is_timed_again(budget):
     assert found[1] == pytest.approx(0.65, abs=0.02)
     assert truth == pytest.approx(0.5, rel=0.05)
     assert made.factored_latency_ms / made.dense_latency_ms == found[-1]
+    assert RankPlan.from_json(made.to_json()) == made.without_spectra()
 
 
 def test_a_budget_out_of_reach_says_what_is_possible(budget):

@@ -56,3 +56,26 @@ def test_an_edited_plan_of_another_model_is_refused():
     made = RankPlan.from_json(plan(MODEL, 4).to_json())
     with pytest.raises(StiefelError, match="'2' is not in the model"):
         revise(nn.Sequential(nn.Linear(9, 9)), made)
+
+
+def test_a_plan_keeps_its_latency_until_its_schemes_or_ranks_are_edited():
+    made = plan(MODEL, 4)
+    latency = {"dense_latency_ms": 3.0, "factored_latency_ms": 2.0, "timed": made.fingerprint}
+    made = made.model_copy(update=latency)
+    data = json.loads(made.to_json())
+
+    def kept(found):
+        return found.dense_latency_ms, found.factored_latency_ms
+
+    def read(**edit):
+        data["layers"][1] |= edit
+        return RankPlan.from_json(json.dumps(data))
+
+    assert kept(read()) == kept(revise(MODEL, read())) == (3.0, 2.0)
+    assert kept(convert(MODEL, read()).stiefel_plan) == (3.0, 2.0)
+    assert kept(made.with_rank("2", 3)) == kept(read(rank=3)) == (3.0, None)
+    assert kept(revise(MODEL, read())) == (3.0, None)
+    assert kept(read(rank=made["2"].rank)) == (3.0, 2.0)
+    assert kept(read(scheme="channel")) == (3.0, None)
+    data["timed"] = None  # written before it was recorded what was timed
+    assert kept(read(scheme="spatial")) == (3.0, None)
