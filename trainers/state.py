@@ -1,5 +1,6 @@
 """What a training run keeps on disk: checkpoints, the log, and all that resuming needs."""
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from converter.files import atomic_path, write_text
 from trainers.data import Data
 from trainers.manifold import tied_layers, truncate_
 
-FORMAT = "stiefel training state 4"
+FORMAT = "stiefel training state 5"
 # What may differ between a run and its continuation: nothing that changes the result on a CPU.
 _FREE = {
     "device",
@@ -116,11 +117,21 @@ def materials(data: Data, teacher: nn.Module | None) -> dict[str, Any]:
     """What tells data and teacher from others that would train otherwise, as plain data."""
     return {
         "data": data.name.partition(":")[0],  # a folder may have moved
-        "teacher": teacher is not None,
+        "teacher": None if teacher is None else _fingerprint(teacher),
         "images": len(data.train),
         "test_images": len(data.test),
         "classes": [str(name) for name in data.classes],
     }
+
+
+def _fingerprint(network: nn.Module) -> str:
+    """What tells a network's weights from others, wherever they lie."""
+    digest = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        if isinstance(value, torch.Tensor):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:12]
 
 
 def check_materials(kept: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
@@ -138,11 +149,12 @@ def check_materials(kept: Mapping[str, Any], now: Mapping[str, Any], path: Path)
 
 
 def _described(materials: Mapping[str, Any]) -> list[str]:
-    """In words, the number of classes before their names, which are then equally many."""
+    """In words; whether there is a teacher before which, how many classes before their names."""
     classes = materials["classes"]
     return [
         f"on {materials['data']}",
         "with a teacher" if materials["teacher"] else "without a teacher",
+        f"with the teacher of fingerprint {materials['teacher']}",
         f"with {materials['images']} training images",
         f"with {materials['test_images']} test images",
         f"with {len(classes)} classes",

@@ -366,7 +366,7 @@ class _Training:
         self.folder.write(self.network, {**place, **parts, **rest}, best=best)
 
     def _kept(self) -> dict[str, Any]:
-        """The state of the run to resume, of the same settings, data and sort of teacher.
+        """The state of the run to resume, of the same settings, data and teacher.
 
         Raises:
             StiefelError: there is none, or it is another's.

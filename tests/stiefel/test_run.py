@@ -126,7 +126,7 @@ def test_without_conversion_a_copy_is_trained_and_the_dense_model_stays_as_it_wa
         weights.append(kept["features.0.weight"])
     assert not torch.equal(*weights)
     state = torch.load(tmp_path / "run" / "training" / "state.pt", weights_only=True)
-    assert state["materials"]["teacher"] is False
+    assert state["materials"]["teacher"] is None
 
 
 @pytest.mark.parametrize("export", [None, {"formats": []}])

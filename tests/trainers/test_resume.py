@@ -270,17 +270,22 @@ def test_resuming_something_else_is_one_clear_error(interrupted, data, model, ch
         ({"name": "fake:1x8x8"}, "begun on digits, not on fake; resume as it was begun"),
         ({"tests": 39}, "begun with 40 test images, not with 39 test images; resume as"),
         ({"teacher": False}, "begun with a teacher, not without a teacher; resume as it was begun"),
+        ({"shift": 1e-6}, "begun with the teacher of fingerprint .*, not with the teacher of"),
         ({"images": 16}, "begun with 80 training images, not with 16 training images; resume as"),
         ({"images": 96}, "begun with 80 training images, not with 96 training images; resume as"),
         ({"classes": tuple("0123456789a")}, "begun with 10 classes, not with 11 classes; resume"),
         ({"classes": tuple("0123456798")}, "begun with class 8 named '8', not with class 8 named"),
     ],
 )
-def test_resuming_with_other_data_or_without_the_teacher_is_one_clear_error(
+def test_resuming_with_other_data_or_without_that_teacher_is_one_clear_error(
     change, says, data, tmp_path
 ):
-    def go_on(teacher=True, images=80, tests=40, classes=data.classes, name="digits", **rest):
+    def go_on(
+        teacher=True, shift=0.0, images=80, tests=40, classes=data.classes, name="digits", **rest
+    ):
         dense = network(factored=False) if teacher else None
+        if shift:
+            dense[0].bias.data[0] += shift
         train, test = Subset(data.train, range(images)), Subset(data.test, range(tests))
         chosen = Data(train, test, classes, name)
         rest = {"rule": SSA(feedback="fixed"), "settings": settings(), "out": tmp_path, **rest}
