@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset, get_worker_info
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, get_worker_info
 
 from converter.errors import StiefelError
 from converter.specs import InputSpec
@@ -188,7 +188,7 @@ class _Decoded:
 
 
 def plain(dataset: Dataset[Item]) -> Dataset[Item]:
-    """The same images without augmentation, where they are an `ImageSet`'s or a `Subset`'s of it.
+    """The same images without augmentation: an `ImageSet`'s, a `Subset`'s or a `ConcatDataset`'s.
 
     A data set of somebody's own is as it is.
     """
@@ -198,15 +198,21 @@ def plain(dataset: Dataset[Item]) -> Dataset[Item]:
         # A copy, for a subclass may do more than choose.
         dataset = copy(dataset)
         dataset.dataset = plain(dataset.dataset)
+    if isinstance(dataset, ConcatDataset):
+        dataset = copy(dataset)
+        dataset.datasets = [plain(part) for part in dataset.datasets]
     return dataset
 
 
 def begin_epoch(dataset: Dataset[Item], epoch: int) -> None:
-    """Tell a data set which epoch it is, if it asks; one that is a `Subset` of it passes it on."""
-    while not hasattr(dataset, "set_epoch") and hasattr(dataset, "dataset"):
-        dataset = dataset.dataset
+    """Tell a data set which epoch it is, if it asks; else those that it is a part or made of."""
     if hasattr(dataset, "set_epoch"):
         dataset.set_epoch(epoch)
+    elif isinstance(dataset, ConcatDataset):
+        for part in dataset.datasets:
+            begin_epoch(part, epoch)
+    elif hasattr(dataset, "dataset"):
+        begin_epoch(dataset.dataset, epoch)
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> Tensor:

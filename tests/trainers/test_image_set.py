@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader, Subset, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 
 from converter.specs import InputSpec
 from trainers.image_set import (
@@ -148,6 +148,21 @@ def test_a_subset_is_plain_where_what_it_is_of_can_be_and_itself_is_left_alone()
     assert not torch.equal(part[0][0], bare[9][0])
     own = Subset(TensorDataset(torch.arange(3)), [2])
     assert plain(own)[0] == own[0]
+
+
+def test_what_several_sets_make_up_is_plain_and_has_epochs_as_each_of_them():
+    one, other = image_set(), image_set(count=8)
+    both = ConcatDataset([one, Subset(other, [3, 1]), TensorDataset(torch.arange(3))])
+    bare = plain(both)
+    seen = []
+    for epoch in (1, 2):
+        begin_epoch(both, epoch)
+        seen.append([both[position][0] for position in (9, 20)])
+        for found, whole, index in ((9, one, 9), (20, other, 3)):
+            assert torch.equal(both[found][0], whole[index][0])
+            assert torch.equal(bare[found][0], whole.plain()[index][0])
+    assert not any(map(torch.equal, *seen))
+    assert bare[24] == both[24]
 
 
 def test_a_limited_set_augments_each_image_as_the_whole_set_does():
