@@ -112,9 +112,9 @@ def load_data(
 
 
 def images(dataset: Dataset[Item], count: int, seed: int = 0) -> Tensor:
-    """`count` images without augmentation, drawn evenly from the classes: (count, C, H, W) float32.
+    """`count` images without augmentation: (count, C, H, W) float32; all if there are fewer.
 
-    All of them if there are fewer.
+    They are drawn evenly from the classes where labels are known without reading the images.
 
     Raises:
         StiefelError: the data set is empty.
@@ -129,9 +129,13 @@ def examples(dataset: Dataset[Item], count: int, seed: int = 0) -> tuple[Tensor,
     dataset = plain(dataset)
     if isinstance(dataset, ImageSet):
         return dataset.limited(count, seed).batch(range(min(count, len(dataset))))
-    order = epoch_order(len(dataset), seed, 0)[:count]  # type: ignore[arg-type]
     with reading():
-        x, y = zip(*(dataset[index] for index in order.tolist()), strict=True)
+        labels = known_labels(dataset)
+        if labels is None:
+            chosen = epoch_order(len(dataset), seed, 0)[:count]  # type: ignore[arg-type]
+        else:
+            chosen = balanced_subset(labels, count, seed)
+        x, y = zip(*(dataset[index] for index in chosen.tolist()), strict=True)
         return torch.stack(x), torch.tensor([int(label) for label in y])
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Subset
+from torch.utils.data import ConcatDataset, Subset
 
 from converter.errors import StiefelError
 
@@ -21,7 +21,7 @@ def as_indices(labels: Tensor, where: str = "the data set") -> Tensor:
 
 
 def known_labels(dataset: Any) -> Tensor | None:
-    """Labels (N,) int64 where the data set or what it is a `Subset` of keeps them, else None.
+    """Labels (N,) int64 where the data set keeps them, or what it is a part or made of; else None.
 
     Its `labels` or `targets` are believed where they are a whole number an image, and nothing is
     made of them on their way into the items.
@@ -29,6 +29,9 @@ def known_labels(dataset: Any) -> Tensor | None:
     if type(dataset) is Subset:
         whole = known_labels(dataset.dataset)
         return None if whole is None else whole[torch.as_tensor(dataset.indices, dtype=torch.int64)]
+    if type(dataset) is ConcatDataset:
+        parts = [known_labels(part) for part in dataset.datasets]
+        return None if any(part is None for part in parts) else torch.cat(parts)
     if getattr(dataset, "target_transform", None) is not None:
         return None
     for name in ("labels", "targets"):

@@ -326,6 +326,12 @@ def test_examples_are_plain_even_over_the_classes_and_labelled(factory):
     for image, label in zip(x, y, strict=True):
         # Pixels count upwards, so each image tells its own index.
         assert int(image[0, 0, 0]) // 48 % 3 == label
+    most_are_threes = Subset(data.train, [*range(200), *(data.train.labels == 3).nonzero()[:, 0]])
+    drawn = [examples(most_are_threes, 30, seed)[1] for seed in (0, 1, 0)]
+    assert [labels.bincount().tolist() for labels in drawn] == [[3] * 10] * 3
+    picked = [images(most_are_threes, 30, seed) for seed in (0, 1, 0)]
+    assert torch.equal(picked[0], picked[2])
+    assert not torch.equal(picked[0], picked[1])
     with pytest.raises(StiefelError, match="the data set is empty"):
         examples(ImageSet(lambda i: None, torch.tensor([]), plain.spec), 3)
 

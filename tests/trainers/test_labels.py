@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import Subset, TensorDataset
+from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
 from converter.errors import StiefelError
 from trainers.data import Data, batches, load_data
@@ -52,12 +52,15 @@ def test_what_is_no_label_of_each_image_is_not_taken_for_one():
             assert found.tolist() == labels.tolist()
 
 
-def test_a_subset_knows_its_share_of_the_labels():
+def test_a_part_of_a_set_and_what_several_make_up_know_their_labels():
     whole = load_data("digits").train
     part = Subset(Subset(whole, range(100)), [7, 3])
     assert torch.equal(known_labels(part), whole.labels[[7, 3]])
     assert known_labels(Subset(Kept([0, 1]), [1])) is None
     assert known_labels(Subset(whole, [])).shape == (0,)
+    both = ConcatDataset([part, Kept([5, 6], targets=[5, 6])])
+    assert known_labels(both).tolist() == [*whole.labels[[7, 3]].tolist(), 5, 6]
+    assert known_labels(ConcatDataset([part, Kept([0, 1])])) is None
 
 
 @pytest.mark.parametrize("rule", [BP(), DFA()])
