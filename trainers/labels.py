@@ -23,8 +23,8 @@ def as_indices(labels: Tensor, where: str = "the data set") -> Tensor:
 def known_labels(dataset: Any) -> Tensor | None:
     """Labels (N,) int64 where the data set keeps them, or what it is a part or made of; else None.
 
-    Its `labels` or `targets` are believed where they are a whole number an image, and nothing is
-    made of them on their way into the items.
+    Its `labels` or `targets` are believed where they are a whole number an image, no
+    `target_transform` makes something else of them, and the first item says the same.
     """
     if type(dataset) is Subset:
         whole = known_labels(dataset.dataset)
@@ -39,6 +39,16 @@ def known_labels(dataset: Any) -> Tensor | None:
             found = as_indices(torch.as_tensor(getattr(dataset, name)))
         except Exception:  # it may hold names, or whatever else its owner keeps there
             continue
-        if found.shape == (len(dataset),):
+        if found.shape == (len(dataset),) and _agrees(dataset, found):
             return found
     return None
+
+
+def _agrees(dataset: Any, labels: Tensor) -> bool:
+    """Whether the first item has the first label; one that can't be read contradicts nothing."""
+    if len(labels) == 0:
+        return True
+    try:
+        return bool(labels[0] == dataset[0][1])
+    except Exception:  # whatever its owner's code raises; who reads the item hears of it
+        return True

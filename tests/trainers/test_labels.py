@@ -44,12 +44,22 @@ def test_what_is_no_label_of_each_image_is_not_taken_for_one():
         ({"labels": None, "targets": print}, False),
         ({"targets": labels, "target_transform": int}, False),
         ({"targets": labels, "target_transform": None}, True),
+        ({"targets": labels + 1}, False),
+        ({"labels": labels + 1, "targets": labels}, True),
     ):
         found = known_labels(Kept(labels, **kept))
         assert (found is not None) == known, kept
         if known:
             assert found.dtype == torch.int64
             assert found.tolist() == labels.tolist()
+
+
+def test_labels_are_known_though_the_first_item_cannot_be_read():
+    class Broken(Kept):
+        def __getitem__(self, index):
+            raise OSError("truncated")
+
+    assert known_labels(Subset(Broken([0, 1], targets=[0, 1]), [1])).tolist() == [1]
 
 
 def test_a_part_of_a_set_and_what_several_make_up_know_their_labels():
@@ -86,6 +96,7 @@ def test_narrow_labels_are_not_taken_for_others_among_many_classes():
 def test_targets_that_items_are_made_of_are_not_held_against_them():
     labels = torch.arange(32) % 4
     trained(Kept(labels, targets=labels + 1, target_transform=lambda y: y - 1))
+    trained(Kept(labels, targets=labels + 1))
     trained(Kept(labels, labels=list("abcd")))
 
 
