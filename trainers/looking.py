@@ -1,7 +1,7 @@
 """Running a network for a look at it: afterwards it is as it was."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -21,9 +21,13 @@ def in_mode(network: nn.Module, training: bool) -> Iterator[None]:
 
 
 @contextmanager
-def undisturbed(*networks: nn.Module) -> Iterator[None]:
-    """Afterwards their buffers are as they were, and so are the random numbers to come."""
-    modules = [module for network in networks for module in network.modules()]
+def undisturbed(*networks: nn.Module, but: Collection[nn.Module] = ()) -> Iterator[None]:
+    """Afterwards their buffers are as they were, and so are the random numbers to come.
+
+    Args:
+        but: modules that leave their own buffers alone, which then need no copies.
+    """
+    modules = [m for network in networks for m in network.modules() if m not in but]
     buffers = [(m, name, b) for m in modules for name, b in m.named_buffers(recurse=False)]
     before = [buffer.clone() for _, _, buffer in buffers]
     devices = {p.device for n in networks for p in n.parameters() if p.device.type == "cuda"}

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from converter.errors import StiefelError
 from trainers.cuts import CutSettings, cut
+from trainers.rules import DFA, make_rule
 
 LAYERS = CutSettings(boundaries="layers")
 
@@ -209,3 +210,16 @@ def test_a_layer_whose_result_is_not_read_makes_no_block(boundaries, images):
     cuts = cut(DeadEnd().train(), images, CutSettings(boundaries=boundaries))
     assert all(block.roots for block in cuts.blocks)
     assert "aside" not in [layer for block in cuts.blocks for layer in block.layers]
+
+
+@pytest.mark.parametrize("inner", [LayerDrop(random.random), Centred()], ids=["numbers", "buffers"])
+def test_recomputed_blocks_draw_and_keep_what_stored_ones_do(inner, images, labels):
+    network, found = around(inner), []
+    for storage in ("stored", "recomputed"):
+        ours, rule = copy.deepcopy(network).train(), make_rule(DFA(storage=storage))
+        state = rule.init(ours, images, 5, torch.Generator().manual_seed(0), None)
+        random.seed(1)
+        rule.step(ours, state, images, labels)
+        left = {name: p.grad for name, p in ours.named_parameters() if p.grad is not None}
+        found.append({**left, **dict(ours.named_buffers()), "next": torch.tensor(random.random())})
+    torch.testing.assert_close(*found)

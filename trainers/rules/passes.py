@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from trainers.cuts import Cuts
+from trainers.looking import undisturbed
 from trainers.losses import output_error
 from trainers.rules.interface import StepResult
 from trainers.rules.local import Batch, backward
@@ -51,9 +52,8 @@ def recomputed_pass(
     network: nn.Module, cuts: Cuts, x: Tensor, batch: Batch, block_loss: BlockLoss
 ) -> StepResult:
     """A forward without gradients for the error, then one with a backward at each cut."""
-    # Both forwards draw the same dropout masks; only the second updates running statistics.
-    devices = [x.device] if x.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.no_grad(), _statistics_untouched(network):
+    # Both forwards draw the same dropout masks; only the second updates what is kept of a batch.
+    with _statistics_untouched(network) as norms, undisturbed(network, but=norms), torch.no_grad():
         logits = cuts.run(x, lambda *_: None)
     error = output_error(logits, batch.y, batch.label_smoothing)
 
@@ -66,14 +66,17 @@ def recomputed_pass(
 
 
 @contextmanager
-def _statistics_untouched(network: nn.Module) -> Iterator[None]:
-    """Norms in training mode use the batch's statistics and leave their running ones alone."""
-    norms = [m for m in network.modules() if isinstance(m, _NormBase) and m.training]
-    tracked = [norm for norm in norms if norm.track_running_stats]
+def _statistics_untouched(network: nn.Module) -> Iterator[set[nn.Module]]:
+    """Norms use the batch's statistics in training and leave the running ones alone: these norms.
+
+    Copies of the running ones, as for what others keep, would cost three kernels a norm and step.
+    """
+    norms = {m for m in network.modules() if isinstance(m, _NormBase)}
+    tracked = [norm for norm in norms if norm.training and norm.track_running_stats]
     for norm in tracked:
         norm.track_running_stats = False
     try:
-        yield
+        yield norms
     finally:
         for norm in tracked:
             norm.track_running_stats = True
