@@ -17,7 +17,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.command_line import Listed, Script
-from benchmarks.study import RESULTS, commit, markdown_table
+from benchmarks.study import RESULTS, commit, markdown_table, matching
 from benchmarks.training_cost import NETWORKS, RULES, WARM_UP, layout, prepare
 from converter.convert import convert, plan
 from converter.files import write_text
@@ -39,12 +39,19 @@ SHOWN = 8
     default="resnet32,vgg13",
     show_default=True,
 )
-@click.option("--rules", type=Listed(click.Choice([*RULES])), default="backprop,ssa")
+@click.option(
+    "--rules",
+    multiple=True,
+    default=("backprop", "ssa"),
+    show_default=True,
+    help="those whose name matches this glob; repeatable",
+)
+@click.option("--launched/--no-launched", default=True, help="also unrecorded, on CUDA")
 @click.option("--batch", type=int, help="images to a step  [default: what suits the network]")
 @click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32")
 @click.option("--device", "name", default="auto", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="the JSON file; .md beside it")
-def main(networks, rules, batch, precision, name, out) -> None:
+def main(networks, rules, launched, batch, precision, name, out) -> None:
     device = resolve_device(name)
     path = out or RESULTS / f"step-profile-{device.type}.json"
     settings = TrainSettings(device=device.type, precision=precision)
@@ -60,8 +67,9 @@ def main(networks, rules, batch, precision, name, out) -> None:
             "dense": dense,
             "factored": convert(dense, plan(dense, "0.5", example=x[:1].cpu())),
         }
-        for rule in rules:
-            for way in ("launched", "recorded") if device.type == "cuda" else ("launched",):
+        for rule in matching(RULES, rules):
+            ways = [*(["launched"] if launched else []), "recorded"]
+            for way in ways if device.type == "cuda" else ("launched",):
                 rest = (x, labels, classes, settings, way == "recorded")
                 contender = prepare(rule, forms[RULES[rule][0]], *rest)
                 place = {"network": key, "rule": rule, "images": count, "way": way}

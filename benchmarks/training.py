@@ -142,6 +142,7 @@ ABLATION = {
 @click.option("--networks", type=Listed(), help="of the zoo, or NAME*WIDTH  [default: scale's]")
 @click.option("--methods", multiple=True, help="only rows whose name matches this glob; repeatable")
 @click.option("--epochs", type=int, help="passes over the images  [default: scale's]")
+@click.option("--batch", default=128, show_default=True, help="images to a step")
 @click.option("--seeds", default=3, show_default=True)
 @click.option("--select", is_flag=True, help="choose rates on held-back training images")
 @click.option(
@@ -150,7 +151,9 @@ ABLATION = {
 @click.option("--device", default="auto", show_default=True)
 @click.option("--precision", default="fp32", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="the JSON file of the rows")
-def main(kind, scale, networks, methods, epochs, seeds, select, data, device, precision, out):
+def main(
+    kind, scale, networks, methods, epochs, batch, seeds, select, data, device, precision, out
+) -> None:
     size = replace(SCALES[scale], epochs=epochs or SCALES[scale].epochs)
     name = f"training-{kind}-{scale}" + ("-selection" if select else "")
     about = {
@@ -158,7 +161,7 @@ def main(kind, scale, networks, methods, epochs, seeds, select, data, device, pr
         "data": data.partition(":")[0],
         "images": size.images,
         "epochs": size.epochs,
-        "batch_size": 128,
+        "batch_size": batch,
         "optimizer": "adamw",
         "precision": precision,
     }
@@ -170,7 +173,7 @@ def main(kind, scale, networks, methods, epochs, seeds, select, data, device, pr
             for label in asked_for:
                 method = rows[label]
                 for lr in RATES if select else (method.lr_of.get(network, method.lr),):
-                    plain = {"batch_size": 128, "precision": precision, "lr": lr}
+                    plain = {"batch_size": batch, "precision": precision, "lr": lr}
                     plain |= {"epochs": size.epochs, "seed": seed, "device": device}
                     settings = TrainSettings(**plain | method.settings)
                     asked = {"network": network, "method": label, "lr": lr, "seed": seed}

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.command_line import Listed, Script
-from benchmarks.study import RESULTS, commit, markdown_table
+from benchmarks.study import RESULTS, commit, markdown_table, matching
 from converter.convert import convert, plan
 from converter.files import atomic_path, write_text
 from converter.models import load
@@ -60,7 +60,12 @@ RULES: dict[str, tuple[str, RuleSettings]] = {
     "ssa, cut at units": ("factored", SSA(boundaries="units")),
     "ssa, cut at layers": ("factored", SSA(boundaries="layers")),
     "ssa, no similarity": ("factored", SSA(similarity=0.0)),
+    "ssa, two blocks at once": ("factored", SSA(overlap=2)),
+    "ssa, four blocks at once": ("factored", SSA(overlap=4)),
+    "ssa, cut at units, four at once": ("factored", SSA(boundaries="units", overlap=4)),
+    "ssa, linear read-outs, two at once": ("factored", SSA(readout_layers=0, overlap=2)),
 }
+ON_CUDA = [name for name in RULES if name.endswith("at once")]  # alike on a CPU
 BASE = "backprop"
 # Network: what to load, images' shape, classes, images to a step on a CPU and on a GPU.
 NETWORKS = {
@@ -82,6 +87,7 @@ HEAVY = (
     "ssa, memory 0",
     "ssa, linear read-outs",
     "ssa, cut at layers",
+    "ssa, two blocks at once",
 )
 
 
@@ -104,6 +110,7 @@ class Contender:
     default="vgg13,resnet32,smallconv,mobilenetv1,resnet50,vit_b_16",
     show_default=True,
 )
+@click.option("--rules", multiple=True, help="only those whose name matches this glob; repeatable")
 @click.option("--rank", default="0.5", show_default=True, help="as for stiefel convert")
 @click.option(
     "--batch", type=int, help="images to a step  [default: what suits network and device]"
@@ -116,7 +123,7 @@ class Contender:
 @click.option(
     "--out", type=click.Path(path_type=Path), help="the JSON file; .md and .png beside it"
 )
-def main(networks, rank, batch, rounds, sweeps, precision, name, threads, out) -> None:
+def main(networks, rules, rank, batch, rounds, sweeps, precision, name, threads, out) -> None:
     torch.set_num_threads(threads)
     device = resolve_device(name)
     path = out or RESULTS / f"training-cost-{device.type}.json"
@@ -134,9 +141,11 @@ def main(networks, rank, batch, rounds, sweeps, precision, name, threads, out) -
     for key in networks:
         spec, shape, classes, few, many = NETWORKS[key]
         count = batch or (many if device.type == "cuda" else few)
-        rules = [*RULES] if classes < 1000 else HEAVY
+        suited = matching(RULES if classes < 1000 else HEAVY, rules)
+        if device.type == "cpu":
+            suited = [rule for rule in suited if rule not in ON_CUDA]
         torch.manual_seed(0)
-        measure("networks", key, load(spec), torch.randn(count, *shape), classes, rules)
+        measure("networks", key, load(spec), torch.randn(count, *shape), classes, suited)
     count = batch or (512 if device.type == "cuda" else 64)
     for depth in DEPTHS if sweeps else ():
         torch.manual_seed(0)
@@ -187,8 +196,8 @@ def compare(
             contender.learn()
             for _ in range(settings.retract_every):
                 contender.update()
-    for _ in range(rounds):
-        for contender in dict.fromkeys((*contenders, *launched)):
+    for turn in range(rounds):
+        for contender in contenders if turn else dict.fromkeys((*contenders, *launched)):
             contender.seconds.append(_round(contender, x.device))
     base = next(c.seconds for c in contenders if c.name == BASE)
     for row, contender, other in zip(rows, contenders, launched, strict=True):
@@ -287,13 +296,13 @@ def _timed(work: Callable[[], object]) -> float:
 
 
 def _timed_ahead(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one of ten in a row, as in training, where no step waits for the one before."""
+    """Seconds of one of five in a row, as in training, where no step waits for the one before."""
     torch.cuda.synchronize(device)
     start = time.perf_counter()
-    for _ in range(10):
+    for _ in range(5):
         work()
     torch.cuda.synchronize(device)
-    return (time.perf_counter() - start) / 10
+    return (time.perf_counter() - start) / 5
 
 
 def _ratios(row: dict[str, Any], rows: list[dict[str, Any]]) -> tuple[float, float]:

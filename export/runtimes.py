@@ -11,6 +11,7 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -166,12 +167,13 @@ class CudaGraph(Eager):
         graph = torch.cuda.CUDAGraph()
         with torch.inference_mode(), torch.cuda.graph(graph):
             result = model(x)
+        return partial(_replay, graph, result, model, x)
 
-        def run() -> Any:
-            graph.replay()
-            return result
 
-        return run
+def _replay(graph: torch.cuda.CUDAGraph, result: Any, *read: Any) -> Any:
+    """Run the graph; `read`, weights and images, must live as long, where they lie."""
+    graph.replay()
+    return result
 
 
 class OnnxRuntime(Runtime):

@@ -35,6 +35,8 @@ RULES = {
     "layer-wise": SSA(),
     "layer-wise, all terms": SSA(alpha=0.1, beta=0.1, cosine=0.1, hoyer=0.1),
     "layer-wise, kolen-pollack": SSA(feedback="kolen-pollack"),
+    "layer-wise, two blocks at once": SSA(overlap=2),
+    "layer-wise, four at once": SSA(overlap=4, boundaries="units", cosine=0.1),
     "global": SSA(error="global"),
     "global, recomputed": SSA(error="global", storage="recomputed"),
 }

@@ -79,6 +79,11 @@ class Walk(Iterator[tuple[tuple[Tensor, ...], Tensor | None]]):
         logits = logits_of(made["output"]) if part.last else None
         return tuple(made[root.name] for root in part.roots), logits
 
+    def crossing(self) -> list[Tensor]:
+        """What the last block made for later ones, detached."""
+        values = (self._made[name] for name in self._parts[self._next - 1].passed)
+        return [value.detach() for value in values if isinstance(value, Tensor)]
+
     def snapshot(self) -> "Snapshot":
         """This stop, to go on from later and otherwise."""
         passed = {name: self._made[name] for name in self._parts[self._next - 1].passed}

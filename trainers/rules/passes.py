@@ -33,7 +33,7 @@ def immediate_pass(
         found.append(loss.detach())
 
     logits = cuts.run(x, visit)
-    return _result(cuts, found, logits, batch)
+    return step_result(cuts, found, logits, batch)
 
 
 def stored_pass(
@@ -45,7 +45,7 @@ def stored_pass(
     error = output_error(logits, batch.y, batch.label_smoothing)
     found = [block_loss(i, roots, output, error) for i, (roots, output) in enumerate(kept)]
     backward(torch.stack(found).sum(), batch.scale)
-    return _result(cuts, [loss.detach() for loss in found], logits, batch)
+    return step_result(cuts, [loss.detach() for loss in found], logits, batch)
 
 
 def recomputed_pass(
@@ -82,7 +82,8 @@ def _statistics_untouched(network: nn.Module) -> Iterator[set[nn.Module]]:
             norm.track_running_stats = True
 
 
-def _result(cuts: Cuts, found: list[Tensor], logits: Tensor, batch: Batch) -> StepResult:
+def step_result(cuts: Cuts, found: list[Tensor], logits: Tensor, batch: Batch) -> StepResult:
+    """What a step leaves, from each block's loss, detached, and the detached logits."""
     names = [block.name for block in cuts.blocks]
     return StepResult(batch.cross_entropy(logits), logits, dict(zip(names, found, strict=True)))
 

@@ -68,6 +68,12 @@ class SSA(FeedbackSettings):
         description="blocks of the teacher that a block's output runs on through, to be compared "
         "there too, and with the labels at the teacher's output",
     )
+    overlap: int = Field(
+        1,
+        ge=1,
+        description="on one GPU: blocks at work at once, each one's backward beside the next one's "
+        "forward, in the memory of so many; with a layerwise error and without a teacher",
+    )
     alpha: float = Field(0.0, ge=0, description="weight of alignment of U with the feedback")
     beta: float = Field(0.0, ge=0, description="weight of the orthogonality penalty on U and V")
     cosine: float = Field(0.0, ge=0, description="weight of the cosine term, output to feedback")

@@ -6,6 +6,7 @@ of U with the feedback's subspace, orthogonality, the cosine term and Hoyer spar
 """
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from trainers.readout import Features
 from trainers.rules.draw import draw_feedback
 from trainers.rules.interface import StepResult
 from trainers.rules.local import Batch, LocalState
+from trainers.rules.overlap import independent, overlapped_pass
 from trainers.rules.passes import GLOBAL_PASSES, immediate_pass
 from trainers.rules.settings import SSA
 from trainers.rules.teacher import Lesson, Teacher
@@ -60,9 +62,14 @@ class SVDSpaceAlignment:
     ) -> StepResult:
         """See `Rule.step`."""
         batch = Batch(y, scale, label_smoothing)
-        layerwise = state.settings.error == "layerwise"
-        run = immediate_pass if layerwise else GLOBAL_PASSES[state.settings.storage]
-        return run(network, state.cuts, x, batch, _Composite(state, x, batch))
+        settings, block_loss = state.settings, _Composite(state, x, batch)
+        if settings.error == "global":
+            run = GLOBAL_PASSES[settings.storage]
+        elif state.overlaps and x.is_cuda and World.here().size == 1:
+            run = partial(overlapped_pass, count=settings.overlap)
+        else:
+            run = immediate_pass
+        return run(network, state.cuts, x, batch, block_loss)
 
 
 class SSAState(LocalState):
@@ -72,6 +79,7 @@ class SSAState(LocalState):
         settings: no coefficient is None any more.
         teacher: the dense original, cut alike, or None.
         factored: each block's factored layers.
+        overlaps: whether several blocks may be at work at once.
     """
 
     def __init__(
@@ -90,6 +98,8 @@ class SSAState(LocalState):
             tuple(m for m in block.module.modules() if isinstance(m, Factored))
             for block in cuts.blocks
         )
+        # A teacher runs along the blocks, and each lesson goes on from the one before.
+        self.overlaps = settings.overlap > 1 and teacher is None and independent(cuts)
         for index, modules in enumerate(feedback[:-1] if settings.alpha else []):
             for view, module in zip(views[index], modules, strict=True):
                 self._aim(index, view, module)
@@ -114,7 +124,7 @@ class _Composite:
     def __init__(self, state: SSAState, x: Tensor, batch: Batch) -> None:
         self.state, self.batch, self.world = state, batch, World.here()
         self.lessons = state.teacher.lessons(x) if state.teacher is not None else None
-        self._similar: Tensor | None = None
+        self._similar = self._similarity() if state.settings.similarity else None
 
     def __call__(
         self, index: int, roots: tuple[Tensor, ...], logits: Tensor | None, error: Tensor | None
@@ -146,7 +156,7 @@ class _Composite:
                 )
                 yield settings.cross_entropy * term
             if settings.similarity:
-                alike = losses.similarity_matching(self.world.rows(z), self._similarity())
+                alike = losses.similarity_matching(self.world.rows(z), self._similar)
                 yield settings.similarity * alike
             if settings.cosine and feedback is not None:
                 yield settings.cosine * losses.cosine(z, feedback.back(self._targets()))
@@ -186,8 +196,5 @@ class _Composite:
         return losses.distillation(h, target, self.world.variance(target))
 
     def _similarity(self) -> Tensor:
-        """Y Yᵀ (N, N) of the whole batch, made once a step."""
-        if self._similar is None:
-            y = self.world.rows(self.batch.y)
-            self._similar = losses.similarity_target(y, self.state.num_classes)
-        return self._similar
+        """Y Yᵀ (N, N) of the whole batch."""
+        return losses.similarity_target(self.world.rows(self.batch.y), self.state.num_classes)
