@@ -20,7 +20,7 @@ from trainers.readout import Features
 from trainers.rules.draw import draw_feedback
 from trainers.rules.interface import StepResult
 from trainers.rules.local import Batch, LocalState
-from trainers.rules.overlap import independent, overlapped_pass
+from trainers.rules.overlap import has_streams, independent, overlapped_pass
 from trainers.rules.passes import GLOBAL_PASSES, immediate_pass
 from trainers.rules.settings import SSA
 from trainers.rules.teacher import Lesson, Teacher
@@ -65,7 +65,7 @@ class SVDSpaceAlignment:
         settings, block_loss = state.settings, _Composite(state, x, batch)
         if settings.error == "global":
             run = GLOBAL_PASSES[settings.storage]
-        elif state.overlaps and x.is_cuda and World.here().size == 1:
+        elif state.overlaps and has_streams(x):
             run = partial(overlapped_pass, count=settings.overlap)
         else:
             run = immediate_pass
