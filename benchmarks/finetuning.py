@@ -78,7 +78,7 @@ def main(
         "optimizer": "adamw",
         "calibration": 500,
     }
-    study = Study(out or RESULTS / f"{name}.json", about)
+    study = Study(out or RESULTS / f"{name}.json", about, device)
     dense = load(f"zoo:{network}", checkpoint=real_data(data) / CHECKPOINTS[network])
     held = _data(dense, cifar, count, select)
     study.measure({"method": "dense", "fraction": 1.0}, partial(_accuracy, dense, held))

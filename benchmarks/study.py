@@ -17,6 +17,7 @@ from converter.errors import StiefelError
 from converter.files import write_text
 from export.doctor import environment
 from trainers.data import Data
+from trainers.device import resolve_device
 
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
@@ -28,10 +29,11 @@ class Study:
     Args:
         path: the JSON file; rows that it has already are not measured again.
         about: what the study is, and everything that holds for all of its rows.
+        device: where it is measured.
     """
 
-    def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
-        self.path, self.about = path, dict(about)
+    def __init__(self, path: Path, about: Mapping[str, Any], device: str = "cpu") -> None:
+        self.path, self.about, self.device = path, dict(about), device
         self.rows: list[Row] = []
         if path.exists():
             kept = json.loads(path.read_text(encoding="utf-8"))
@@ -64,7 +66,7 @@ class Study:
         """Write everything measured so far, with where it was measured last."""
         kept = {
             "about": self.about,
-            "environment": environment("cpu") | {"commit": commit()},
+            "environment": environment(resolve_device(self.device)) | {"commit": commit()},
             "rows": self.rows,
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)

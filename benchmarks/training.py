@@ -165,7 +165,7 @@ def main(
         "optimizer": "adamw",
         "precision": precision,
     }
-    study = Study(out or RESULTS / f"{name}.json", about)
+    study = Study(out or RESULTS / f"{name}.json", about, device)
     rows = TABLE if kind == "comparison" else {"defaults": TABLE["SSA, layer-wise"], **ABLATION}
     asked_for = matching(rows, methods)
     for seed in range(1 if select else seeds):
