@@ -3,10 +3,12 @@
 Small networks leave a GPU idle while Python launches their kernels, the local rules' most of all.
 """
 
+import random
 from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -30,6 +32,9 @@ def can_record(rule: RuleSettings, device: torch.device, processes: int) -> bool
 class Recorded:
     """Does what `work()` does, from the fourth call on by replaying a recording of it.
 
+    Work that draws random numbers on the host (LayerDrop, say) would be replayed with the same ones
+    for ever; it is never recorded.
+
     Args:
         work: on the current CUDA device; it must never wait for it, must find the same tensors in
             their places every time, and what it returns the next call overwrites.
@@ -40,6 +45,7 @@ class Recorded:
         self._stream = torch.cuda.Stream()
         self._graph: torch.cuda.CUDAGraph | None = None
         self._warm_ups = 0
+        self._draws = False
 
     @property
     def warm(self) -> bool:
@@ -53,17 +59,24 @@ class Recorded:
             StiefelError: it can't be recorded.
         """
         if not self.warm:
-            self._warm_ups += 1
-            # On the recording's own stream, since autograd remembers where parameters were used.
-            self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):
-                result = self._work()
-            torch.cuda.current_stream().wait_stream(self._stream)
-            return result
+            return self._warm_up()
+        if self._draws:
+            return self._work()
         if self._graph is None:
             self._graph = self._record()
         self._graph.replay()
         return self._result
+
+    def _warm_up(self) -> Any:
+        self._warm_ups += 1
+        numbers = _host_numbers()
+        # On the recording's own stream, since autograd remembers where parameters were used.
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            result = self._work()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        self._draws = self._draws or _host_numbers() != numbers
+        return result
 
     def _record(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
@@ -131,6 +144,12 @@ class RecordedStep:
 def _pool() -> Any:
     """Where all recordings of this process have their tensors; they never run at the same time."""
     return torch.cuda.graph_pool_handle()
+
+
+def _host_numbers() -> tuple[Any, ...]:
+    """What changes when random numbers are drawn on the host."""
+    _, keys, place, *_ = np.random.get_state()
+    return random.getstate(), torch.get_rng_state().numpy().tobytes(), keys.tobytes(), place
 
 
 def _free_generator() -> None:

@@ -1,6 +1,7 @@
 """Training on a GPU: `pytest -m gpu`."""
 
 import copy
+import random
 
 import pytest
 import torch
@@ -294,3 +295,24 @@ def test_decomposition_and_calibration_on_the_gpu_agree_with_the_cpu():
     ]
     error = (outputs[0] - outputs[1]).norm() / outputs[0].norm()
     assert error < 2e-2
+
+
+class _Skips(nn.Module):
+    """Now and then it leaves a layer out, by a number drawn on the host."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head, self.skipped = nn.Linear(64, 64), nn.Linear(64, 10), 0
+
+    def forward(self, x):
+        x = x.flatten(1)
+        if random.random() < 0.5:
+            self.skipped += 1
+            return self.head(x)
+        return self.head(torch.relu(self.body(x)))
+
+
+def test_what_draws_on_the_host_is_drawn_anew_each_step(digits):
+    network = _Skips()
+    train_local(network, digits, rule=BP(), settings=settings(epochs=2))
+    assert network.skipped > 8  # of some forty steps
