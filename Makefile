@@ -8,7 +8,7 @@ TEST_ENV := OMP_NUM_THREADS=1
 
 BENCH_OUT := runs/bench
 
-.PHONY: demo test test-slow lint format bench clean
+.PHONY: demo test test-slow test-gpu lint format bench clean
 .DEFAULT_GOAL := demo
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -25,6 +25,9 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(TEST_ENV) $(BIN)/python -m pytest -q -n 2 -m 'slow and not gpu' $(TEST_OPTIONS)
+
+test-gpu: $(INSTALLED)
+	$(BIN)/python -m pytest -q -n 4 -m gpu $(TEST_OPTIONS)
 
 # Every study at small scale. With CIFAR=DIR (train/<class>, test/<class>) those that train, and with
 # STIEFEL_DATA=DIR (the published ResNets) those that convert.
