@@ -1,7 +1,10 @@
 """Times are paired, ratios carry their spread, and a CUDA figure is one. Most clocks are fake."""
 
+import gc
 import json
 import math
+import weakref
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +24,7 @@ from export import workload
 from export.bench import BenchSettings, bench, median_interval
 from export.ceilings import Ceiling
 from export.onnx import OnnxSettings, export_onnx
-from export.runtimes import Loaded, OnnxRuntime, Runtime, Subject, fallen_back
+from export.runtimes import CudaGraph, Loaded, OnnxRuntime, Runtime, Subject, fallen_back
 from export.safetensors import export_safetensors
 
 EXAMPLE = torch.zeros(1, 6)
@@ -183,6 +186,26 @@ def test_a_fallback_is_not_called_a_cuda_figure(monkeypatch, tmp_path):
         r"layer0/TopK, .*, layer4/TopK and 2 more$",
     ):
         OnnxRuntime().load(Subject("net"), torch.device("cuda"), "fp32", EXAMPLE, tmp_path)
+
+
+def test_a_cuda_graph_keeps_the_weights_and_images_that_it_reads(monkeypatch):
+    """It replays reads of their addresses. CUDA is fake."""
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: nullcontext())
+    model, x = nn.Linear(3, 2), torch.ones(1, 3)
+    run = CudaGraph()._runner(model, x)
+    expected, read = model(x).detach(), [weakref.ref(model), weakref.ref(x)]
+    del model, x
+    gc.collect()
+    assert all(ref() is not None for ref in read)
+    torch.testing.assert_close(run(), expected)
+    del run
+    gc.collect()
+    assert all(ref() is None for ref in read)
 
 
 QUICK = BenchSettings(batches=(1, 3), devices=("cpu",), rounds=3, calls=2, seconds=0.05, threads=1)
