@@ -1,7 +1,8 @@
 """What a training step spends its time on, and how long the GPU waits meanwhile.
 
 Each network's steps, forward and backward with the optimizer's update, are profiled launched from
-Python and, on CUDA, recorded as a graph. Busy: the time in which kernels run, of a step's.
+Python and, on CUDA, recorded as a graph. Kernels' time is added up: where several run at once, it
+is more than the step's.
 """
 
 import json
@@ -115,7 +116,7 @@ def profiled(
     largest = sorted(times.items(), key=lambda item: -item[1][0])[:SHOWN]
     return {
         "step_ms": wall,
-        "busy_ms": sum(e.self_device_time_total for e in kernels) / 1e3 / STEPS if gpu else wall,
+        "kernels_ms": sum(e.self_device_time_total for e in kernels) / 1e3 / STEPS if gpu else wall,
         "kernels": sum(e.count for e in kernels) / STEPS,
         "operations": [
             {"name": name, "ms": spent / 1e3 / STEPS, "calls": calls / STEPS}
@@ -128,7 +129,7 @@ def profiled(
 def _line(row: dict[str, Any]) -> str:
     return (
         f"{row['network']}, {row['rule']}, {row['way']}: {row['step_ms']:.2f} ms a step, "
-        f"{row['kernels']:.0f} kernels, busy {row['busy_ms']:.2f} ms"
+        f"{row['kernels']:.0f} kernels of {row['kernels_ms']:.2f} ms"
     )
 
 
@@ -137,7 +138,7 @@ def _tables(result: dict[str, Any]) -> Iterator[str]:
     where = facts.get("gpu") or f"{facts['processor']}, {facts['threads']} thread(s)"
     yield "# What a training step spends its time on\n"
     yield f"{where}, {result['about']['precision']}, torch {facts['torch']}, half rank.\n"
-    head = ["network, rule", "images", "step, ms", "busy, ms", "kernels"]
+    head = ["network, rule", "images", "step, ms", "kernels' time, ms", "kernels"]
     yield markdown_table(
         head,
         (
@@ -145,7 +146,7 @@ def _tables(result: dict[str, Any]) -> Iterator[str]:
                 f"{row['network']}, {row['rule']}, {row['way']}",
                 str(row["images"]),
                 f"{row['step_ms']:.2f}",
-                f"{row['busy_ms']:.2f}",
+                f"{row['kernels_ms']:.2f}",
                 f"{row['kernels']:.0f}",
             ]
             for row in result["rows"]

@@ -190,6 +190,9 @@ def compare(
 
     launched = ready(record=False)
     rows = [weigh(contender, x.device) for contender in launched]
+    for row in rows:
+        if row["rule"] in ON_CUDA:  # the host frees a block before the next begins, the GPU may not
+            row |= {"activations_mib": None, "peak_mib": None}
     contenders = launched if x.device.type == "cpu" else ready(record=True)
     for _ in range(WARM_UP + 1 if contenders is not launched else 0):
         for contender in contenders:
@@ -230,16 +233,16 @@ def prepare(
     learner = make_rule(rule)
     generator = torch.Generator().manual_seed(0)
     state = learner.init(network, x, classes, generator).to(x.device)
-    record = record and can_record(rule, x.device, processes=1)
-    rest = {"steps": 100_000, "record": record}
-    update = Update(network, state, settings, x.device, World(), **rest)
+    update = Update(network, state, settings, x.device, World(), steps=100_000)
     done = iter(range(100_000))
 
     def learn(x: Tensor, labels: Tensor) -> StepResult:
         with autocast(x.device, settings.precision):
             return learner.step(network, state, x, labels, scale=update.scale())
 
-    learn = RecordedStep(learn, update.parameters) if record else learn
+    if record and can_record(rule, x.device, processes=1):
+        learn = RecordedStep(learn, (network, state))
+        update.record()
     return Contender(name, network, state, partial(learn, x, labels), lambda: update(next(done)))
 
 
@@ -305,18 +308,21 @@ def _timed_ahead(work: Callable[[], object], device: torch.device) -> float:
     return (time.perf_counter() - start) / 5
 
 
-def _ratios(row: dict[str, Any], rows: list[dict[str, Any]]) -> tuple[float, float]:
-    """How many times more the factored network's backpropagation holds, saved and at the peak."""
+def _memory(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
+    """Activations and peak, each with how many times more the factored backpropagation holds."""
     base = next(r for r in rows if r["rule"] == BASE)
-    keys = ("activations_mib", "peak_mib")
-    return tuple(base[key] / row[key] for key in keys)
+    cells = []
+    for key in ("activations_mib", "peak_mib"):
+        known = row[key] is not None
+        cells += [f"{row[key]:.1f}", f"{base[key] / row[key]:.1f}"] if known else ["–", "–"]
+    return cells
 
 
 def _line(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    saved, peak = _ratios(row, rows)
+    saved, less, peak, lower = _memory(row, rows)
     return (
-        f"{row['rule']:<24} activations {row['activations_mib']:8.1f} MiB (÷{saved:5.1f})  "
-        f"peak {row['peak_mib']:8.1f} MiB (÷{peak:4.1f})  "
+        f"{row['rule']:<24} activations {saved:>8} MiB (÷{less:>5})  "
+        f"peak {peak:>8} MiB (÷{lower:>4})  "
         f"fixed {row['fixed_mib']:6.0f} MiB  "
         f"step {row['step_ms_p50']:8.1f} ms (×{row['time_ratio']:.2f})"
     )
@@ -325,7 +331,10 @@ def _line(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
 def _tables(result: dict[str, Any]) -> Iterator[str]:
     facts = result["environment"]
     where = f"{facts['processor']}, {facts['threads']} thread(s)"
-    where = facts.get("gpu", where) if facts["device"] != "cpu" else where
+    recorded = facts["device"] != "cpu"
+    where = facts.get("gpu", where) if recorded else where
+    launched = " Launched: not recorded as a CUDA graph, timed in the first round only."
+    launched = launched if recorded else ""
     yield "# What a training step costs\n"
     yield (
         f"{where}, {result['about']['precision']}, torch {facts['torch']}, "
@@ -333,8 +342,8 @@ def _tables(result: dict[str, Any]) -> Iterator[str]:
         "Activations: held for backward. Peak: of forward and backward, beyond fixed. Fixed: "
         "weights, gradients and AdamW's moments, read-outs included. ÷: how many times less than "
         "backpropagation on the same factored network. ×: time of a step against it, median of the "
-        "rounds and quartiles; of it, the update is the optimizer's. Launched: a step that is not "
-        "recorded as a CUDA graph.\n"
+        "rounds and quartiles; of it, the update is the optimizer's."
+        f"{launched}\n"
     )
     head = [
         "",
@@ -347,7 +356,6 @@ def _tables(result: dict[str, Any]) -> Iterator[str]:
         "update, ms",
         "×",
     ]
-    recorded = facts["device"] != "cpu"
     head += ["launched, ms"] if recorded else []
     for part in ("networks", "depth", "width"):
         for key, found in result[part].items():
@@ -359,14 +367,10 @@ def _tables(result: dict[str, Any]) -> Iterator[str]:
 
 
 def _cells(row: dict[str, Any], rows: list[dict[str, Any]], recorded: bool) -> list[str]:
-    saved, peak = _ratios(row, rows)
     digits = 1 if recorded else 0
     return [
         row["rule"],
-        f"{row['activations_mib']:.1f}",
-        f"{saved:.1f}",
-        f"{row['peak_mib']:.1f}",
-        f"{peak:.1f}",
+        *_memory(row, rows),
         f"{row['fixed_mib']:.0f}",
         f"{row['step_ms_p50']:.{digits}f}",
         f"{row['update_ms_p50']:.{digits}f}",

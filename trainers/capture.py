@@ -30,61 +30,66 @@ def can_record(rule: RuleSettings, device: torch.device, processes: int) -> bool
 
 
 class Recorded:
-    """Does what `work()` does, from the fourth call on by replaying a recording of it.
+    """Does what `work(*args)` does, from the fourth call on by replaying a recording of it.
 
-    Work that draws random numbers on the host (LayerDrop, say) would be replayed with the same ones
-    for ever; it is never recorded.
+    Work that draws from the host's generators (LayerDrop, say), or puts another tensor in the place
+    of a watched one, is never recorded. What else it does on the host, such as counting its calls,
+    a replay leaves out.
 
     Args:
-        work: on the current CUDA device; it must never wait for it, must find the same tensors in
-            their places every time, and what it returns the next call overwrites.
+        work: on the current CUDA device; it must never wait for it, must be given the same tensors
+            every time, and what it returns the next call overwrites.
+        watched: gives the tensors that are to stay in their places.
     """
 
-    def __init__(self, work: Callable[[], Any]) -> None:
-        self._work = work
-        self._stream = torch.cuda.Stream()
+    def __init__(
+        self, work: Callable[..., Any], watched: Callable[[], Iterable[Tensor]] = tuple
+    ) -> None:
+        self._work, self._watched = work, watched
         self._graph: torch.cuda.CUDAGraph | None = None
         self._warm_ups = 0
-        self._draws = False
+        self._moves = False
 
     @property
-    def warm(self) -> bool:
-        """Whether the next call is recorded, or replayed."""
-        return self._warm_ups == WARM_UP
+    def replays(self) -> bool:
+        """Whether calls from now on are replays, the next one perhaps of its own recording."""
+        return self._warm_ups == WARM_UP and not self._moves
 
-    def __call__(self) -> Any:
+    def __call__(self, *args: Any) -> Any:
         """Do it.
 
         Raises:
             StiefelError: it can't be recorded.
         """
-        if not self.warm:
-            return self._warm_up()
-        if self._draws:
-            return self._work()
+        if self._warm_ups < WARM_UP:
+            return self._warm_up(*args)
+        if self._moves:
+            return self._work(*args)
         if self._graph is None:
-            self._graph = self._record()
+            self._graph = self._record(*args)
         self._graph.replay()
         return self._result
 
-    def _warm_up(self) -> Any:
+    def _warm_up(self, *args: Any) -> Any:
         self._warm_ups += 1
-        numbers = _host_numbers()
+        stream, here = _stream(torch.cuda.current_device()), torch.cuda.current_stream()
+        before = self._host_state()
         # On the recording's own stream, since autograd remembers where parameters were used.
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            result = self._work()
-        torch.cuda.current_stream().wait_stream(self._stream)
-        self._draws = self._draws or _host_numbers() != numbers
+        stream.wait_stream(here)
+        with torch.cuda.stream(stream):
+            result = self._work(*args)
+        here.wait_stream(stream)
+        self._moves = self._moves or self._host_state() != before
         return result
 
-    def _record(self) -> torch.cuda.CUDAGraph:
+    def _record(self, *args: Any) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         # Other threads, that load images say, may meanwhile call what a recording forbids.
-        rest = {"stream": self._stream, "capture_error_mode": "thread_local"}
+        stream = _stream(torch.cuda.current_device())
+        rest = {"stream": stream, "pool": _pool(), "capture_error_mode": "thread_local"}
         try:
-            with torch.cuda.graph(graph, pool=_pool(), **rest):
-                self._result = self._work()
+            with torch.cuda.graph(graph, **rest):
+                self._result = self._work(*args)
         except RuntimeError as error:
             # The first of several that follow from each other says what happened.
             while isinstance(error.__context__, RuntimeError):
@@ -92,9 +97,16 @@ class Recorded:
             _free_generator()
             raise StiefelError(
                 "a training step of this network can't be recorded as a CUDA graph "
-                f"({first_line(error)}); train with cuda_graph false"
+                f"({first_line(error)}); let go of its earlier outputs if they are still held, or "
+                "train with cuda_graph false"
             ) from error
         return graph
+
+    def _host_state(self) -> tuple[Any, ...]:
+        """What changes when numbers are drawn on the host, or watched tensors replaced."""
+        _, keys, place, *_ = np.random.get_state()
+        numbers = random.getstate(), torch.get_rng_state().numpy().tobytes(), keys.tobytes(), place
+        return *numbers, [(id(tensor), tensor.data_ptr()) for tensor in self._watched()]
 
 
 class RecordedStep:
@@ -104,28 +116,35 @@ class RecordedStep:
 
     Args:
         learn: forward and backward.
-        parameters: all that may receive gradients.
+        modules: whose parameters receive gradients, and whose buffers are to stay in their places.
     """
 
     def __init__(
-        self, learn: Callable[[Tensor, Tensor], StepResult], parameters: Iterable[nn.Parameter]
+        self, learn: Callable[[Tensor, Tensor], StepResult], modules: Iterable[nn.Module]
     ) -> None:
-        self._parameters = list(parameters)
+        modules = list(modules)
+        self._parameters = [p for module in modules for p in module.parameters()]
         self._batch: tuple[Tensor, Tensor] | None = None
         self._gradients: list[tuple[nn.Parameter, Tensor]] = []
-        self._learn = Recorded(lambda: learn(*self._batch))
+        self._learn = Recorded(learn, lambda: (b for m in modules for b in m.buffers()))
+
+    @property
+    def replays(self) -> bool:
+        """See `Recorded.replays`; gradients have their places for good then."""
+        return self._learn.replays
 
     def __call__(self, x: Tensor, y: Tensor) -> StepResult:
         """Accumulate gradients of one batch; see `Recorded`."""
         if self._batch is None:
             self._batch = x.clone(), y.clone()
-        for place, given in zip(self._batch, (x, y), strict=True):
-            place.copy_(given, non_blocking=True)
-        if self._learn.warm:
+        else:
+            for place, given in zip(self._batch, (x, y), strict=True):
+                place.copy_(given, non_blocking=True)
+        if self.replays:
             self._ready_gradients()
-            return self._learn()
-        result = self._learn()
-        self._trained = [p for p in self._parameters if p.grad is not None]
+        result = self._learn(*self._batch)
+        if not self._gradients:
+            self._trained = [p for p in self._parameters if p.grad is not None]
         return result
 
     def _ready_gradients(self) -> None:
@@ -141,15 +160,15 @@ class RecordedStep:
 
 
 @cache
+def _stream(device: int) -> torch.cuda.Stream:
+    """Of all recordings on a device: memory of their pool is shared within one stream only."""
+    return torch.cuda.Stream(device)
+
+
+@cache
 def _pool() -> Any:
     """Where all recordings of this process have their tensors; they never run at the same time."""
     return torch.cuda.graph_pool_handle()
-
-
-def _host_numbers() -> tuple[Any, ...]:
-    """What changes when random numbers are drawn on the host."""
-    _, keys, place, *_ = np.random.get_state()
-    return random.getstate(), torch.get_rng_state().numpy().tobytes(), keys.tobytes(), place
 
 
 def _free_generator() -> None:

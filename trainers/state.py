@@ -26,6 +26,7 @@ _FREE = {
     "deterministic",
     "memory_format",
     "cuda_graph",
+    "overlap",
     "diagnostics",
 }
 

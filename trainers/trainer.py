@@ -74,6 +74,8 @@ def train_local(
     modes = [(module, module.training) for module in model.modules()]
     try:
         with ExitStack() as stack:
+            if device.type == "cuda":
+                stack.enter_context(torch.cuda.device(device))
             world = stack.enter_context(join_world(device))
             seed, deterministic = settings.seed + world.rank, settings.deterministic
             stack.enter_context(repeatable(seed, device, deterministic=deterministic))
@@ -87,6 +89,7 @@ def train_local(
                 stack.enter_context(norms)
             return training.run(stop)
     finally:
+        model.zero_grad()
         model.to(home, memory_format=torch.contiguous_format)
         for module, mode in modes:
             module.training = mode
@@ -158,10 +161,7 @@ class _Training:
             restore(network, self.state, kept, self.folder.state)
         self.world.broadcast_(network, self.state)
         total = settings.epochs * self.steps
-        recordable = can_record(self.rule_settings, device, self.world.size)
-        self.recorded = settings.cuda_graph and recordable
-        rest = {"steps": total, "record": self.recorded}
-        self.update = Update(network, self.state, settings, device, self.world, **rest)
+        self.update = Update(network, self.state, settings, device, self.world, total)
         if kept is not None:
             self._restore(kept)
         elif self.folder is not None and self.world.is_main:
@@ -213,19 +213,23 @@ class _Training:
         for x, y in parts:
             self.meter.add(self.learn(x, y), y)
         self.update((self.epoch - 1) * self.steps + self.step)
+        if isinstance(self.learn, RecordedStep) and self.learn.replays:
+            self.update.record()
 
     def _prepare_step(self) -> None:
         """Build `learn`, forward and backward, for the parameters that are there now."""
-        settings = self.settings
+        # Not through self, which holds it: a graph should go when its time is over.
+        rule, network, state, update = self.rule, self.network, self.state, self.update
+        device, settings = self.device, self.settings
 
         def learn(x: Tensor, y: Tensor) -> StepResult:
-            rest = {"scale": self.update.scale(), "label_smoothing": settings.label_smoothing}
-            with autocast(self.device, settings.precision):
-                return self.rule.step(self.network, self.state, x, y, **rest)
+            rest = {"scale": update.scale(), "label_smoothing": settings.label_smoothing}
+            with autocast(device, settings.precision):
+                return rule.step(network, state, x, y, **rest)
 
         self.learn = learn
-        if self.recorded:
-            self.learn = RecordedStep(learn, self.update.parameters)
+        if settings.cuda_graph and can_record(self.rule_settings, device, self.world.size):
+            self.learn = RecordedStep(learn, (network, state))
 
     def _batches(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
         """This process's share of the epoch's batches from `step` on, in parts, on the device."""

@@ -1,11 +1,13 @@
 """From gradients to new weights: averaging, clipping, the optimizer, and the manifold."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from trainers.capture import Recorded
 from trainers.distributed import GradientAverage, World
@@ -21,8 +23,6 @@ class Update:
         network: whose parameters are trained, on their device.
         state: the rule's, whose parameters are trained along.
         steps: of the whole training.
-        record: replay the update as a CUDA graph; gradients are then zeroed, not cleared, and must
-            stay in their places.
     """
 
     def __init__(
@@ -33,28 +33,16 @@ class Update:
         device: torch.device,
         world: World,
         steps: int,
-        record: bool = False,
     ) -> None:
         self._network, self._state, self._settings, self._world = network, state, settings, world
-        self._steps = steps
+        self._device, self._steps, self._lr = device, steps, settings.lr
         network.zero_grad()  # what an earlier backward pass left is no part of the first step
         self._optimizer = build_optimizer(network, state, settings)
         self._scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
-        # A gradient scaler reads back whether there was an overflow.
-        self._record = record and not self._scaler.is_enabled()
-        self._rate = torch.tensor(settings.lr, device=device) if self._record else None
-        self._lr = settings.lr
-        self._ready_optimizer()
         # Each part of each process is a mean of its own; their sum is to be the batch's mean.
         share = 1 / (settings.accumulate * world.size)
         self._share = torch.tensor(share, device=device) if self._scaler.is_enabled() else share
-        self._retraction = RETRACTIONS[settings.retraction]
         self._hold_parameters()
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        """All that are trained; others stand in their places after a truncation."""
-        return list(self._parameters)
 
     @property
     def lr(self) -> float:
@@ -70,7 +58,7 @@ class Update:
         settings = self._settings
         self._average.finish()
         self._lr = learning_rate(step, self._steps, settings)
-        if self._record:
+        if self._rate is not None:
             self._rate.fill_(self._lr)
         else:
             for group in self._optimizer.param_groups:
@@ -78,6 +66,21 @@ class Update:
         self._apply()
         if settings.retract_every and (step + 1) % settings.retract_every == 0:
             self._retract()
+
+    def record(self) -> None:
+        """From now on replay the update as CUDA graphs, until a truncation.
+
+        Gradients must stay in their places from now on, where they are zeroed, not cleared; which
+        parameters have one must not change. With a gradient scaler all stays as it is.
+        """
+        if self._rate is not None or self._scaler.is_enabled():
+            return
+        self._rate = torch.tensor(self._lr, device=self._device)
+        self._ready_optimizer()
+        self._apply = Recorded(partial(self._apply, keep_gradients=True))
+        # The other retractions decompose on the host, or ask it whether they succeeded.
+        if self._settings.retraction == "newton-schulz":
+            self._retract = Recorded(self._retract)
 
     def truncate(self, ranks: Mapping[str, int]) -> bool:
         """Lower the layers' ranks to `ranks`, the optimizer's state along; whether any fell.
@@ -88,7 +91,7 @@ class Update:
         layers = tied_layers(self._network)
         falling = {name: rank for name, rank in ranks.items() if rank < layers[name][0].rank}
         if falling and self._settings.retract_every:
-            self._retract_now()
+            self._retract()
         for name, rank in falling.items():
             layer, *tied = layers[name]
             truncate_(layer, rank, self._optimizer, tied)
@@ -122,33 +125,39 @@ class Update:
     def _ready_optimizer(self) -> None:
         """Tell it whether it is recorded, whatever a run that it goes on from did."""
         for group in self._optimizer.param_groups:
-            if self._record:
+            if self._rate is not None:
                 group["lr"] = self._rate
             if "capturable" in group:
-                group["capturable"] = self._record
-
-    def _apply_now(self) -> None:
-        """The optimizer's step with the gradients that are there."""
-        optimizer, scaler = self._optimizer, self._scaler
-        if self._settings.clip is not None:
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(self._parameters, self._settings.clip)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=not self._record)
-        self._manifold.clamp_()
-
-    def _retract_now(self) -> None:
-        self._manifold.retract_(self._retraction, self._optimizer)
+                group["capturable"] = self._rate is not None
 
     def _hold_parameters(self) -> None:
         """Build what holds on to Parameters, which truncation replaces."""
         self._parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
         self._manifold = Manifold(self._network)
         self._average = GradientAverage(self._parameters, self._world)
-        self._apply, self._retract = self._apply_now, self._retract_now
-        if self._record:
-            self._apply = Recorded(self._apply_now)
-            # The other retractions decompose on the host, or ask it whether they succeeded.
-            if self._settings.retraction == "newton-schulz":
-                self._retract = Recorded(self._retract_now)
+        self._rate: Tensor | None = None  # the optimizer's, where updates are recorded
+        self._ready_optimizer()
+        # Not through self: what is recorded would hold it, and be held by it.
+        rest = (self._optimizer, self._scaler, self._parameters, self._manifold)
+        self._apply: Callable[..., None] = partial(_apply, *rest, self._settings.clip)
+        self._retract: Callable[[], None] = partial(
+            self._manifold.retract_, RETRACTIONS[self._settings.retraction], self._optimizer
+        )
+
+
+def _apply(
+    optimizer: Optimizer,
+    scaler: torch.amp.GradScaler,
+    parameters: list[nn.Parameter],
+    manifold: Manifold,
+    clip: float | None,
+    keep_gradients: bool = False,
+) -> None:
+    """The optimizer's step; the gradients are cleared after, or zeroed where they are kept."""
+    if clip is not None:
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(parameters, clip)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=not keep_gradients)
+    manifold.clamp_()

@@ -34,10 +34,6 @@ def test_models_are_timed_in_torch_and_as_graphs(models):
     assert len(report.rows) == 2 * 2 * 3 * 2
     assert len(report.ratios) == 2 * 3 * 2
     assert all(row.latency_ms_p50 > 0 and row.device.startswith("cuda") for row in report.rows)
-    by = {(r.model, r.runtime, r.precision, r.batch): r.latency_ms_p50 for r in report.rows}
-    # Forty launches from Python take longer than one of their graph.
-    for model in models:
-        assert by[model, "torch-cudagraph", "fp32", 1] < by[model, "torch", "fp32", 1]
 
 
 def test_a_budget_of_latency_is_measured_on_the_gpu():

@@ -72,7 +72,7 @@ class SSA(FeedbackSettings):
         1,
         ge=1,
         description="on one GPU: blocks at work at once, each one's backward beside the next one's "
-        "forward, in the memory of so many; with a layerwise error and without a teacher",
+        "forward, in the memory of so many; not named blocks, nor such as share a layer",
     )
     alpha: float = Field(0.0, ge=0, description="weight of alignment of U with the feedback")
     beta: float = Field(0.0, ge=0, description="weight of the orthogonality penalty on U and V")
@@ -84,7 +84,8 @@ class SSA(FeedbackSettings):
 
         Raises:
             StiefelError: distillation or a lookahead is asked for and there is no teacher,
-                read-outs are to have layers and there are none, or nothing trains.
+                read-outs are to have layers and there are none, blocks are to overlap that wait for
+                each other, or nothing trains.
         """
         learned = self.error == "layerwise" and self.feedback == "learned"
         # A lookahead ends at the labels, which are to be heard beside the teacher's features.
@@ -107,6 +108,11 @@ class SSA(FeedbackSettings):
         if not (settings.cross_entropy or settings.similarity or settings.distillation):
             raise StiefelError(
                 "cross_entropy, similarity and distillation are all 0: nothing would train"
+            )
+        if settings.overlap > 1 and (self.error == "global" or with_teacher):
+            raise StiefelError(
+                "overlap needs blocks that wait for nothing but their input: error: layerwise, and "
+                "no teacher"
             )
         if settings.readout_layers and self.error == "global":
             raise StiefelError(

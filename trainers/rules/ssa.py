@@ -98,8 +98,7 @@ class SSAState(LocalState):
             tuple(m for m in block.module.modules() if isinstance(m, Factored))
             for block in cuts.blocks
         )
-        # A teacher runs along the blocks, and each lesson goes on from the one before.
-        self.overlaps = settings.overlap > 1 and teacher is None and independent(cuts)
+        self.overlaps = settings.overlap > 1 and independent(cuts)
         for index, modules in enumerate(feedback[:-1] if settings.alpha else []):
             for view, module in zip(views[index], modules, strict=True):
                 self._aim(index, view, module)
