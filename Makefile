@@ -8,7 +8,7 @@ TEST_ENV := OMP_NUM_THREADS=1
 
 BENCH_OUT := runs/bench
 
-.PHONY: demo test test-slow test-gpu lint format bench clean
+.PHONY: demo test test-slow test-gpu lint format bench bench-gpu clean
 .DEFAULT_GOAL := demo
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -42,6 +42,15 @@ ifdef STIEFEL_DATA
 	$(BIN)/python -m benchmarks.conversion_accuracy --scale small --cifar $(CIFAR) --out $(BENCH_OUT)/conversion-accuracy.json
 	$(BIN)/python -m benchmarks.finetuning --network resnet32 --images 4000 --epochs 1 --cifar $(CIFAR) --out $(BENCH_OUT)/finetuning.json
 endif
+endif
+
+# What needs CUDA, each study whole; training with CIFAR=DIR, for hours.
+bench-gpu: $(INSTALLED)
+	$(BIN)/python -m benchmarks.step_profile --device cuda --precision bf16 --out $(BENCH_OUT)/step-profile-cuda.json
+	$(BIN)/python -m benchmarks.training_cost --device cuda --precision bf16 --out $(BENCH_OUT)/training-cost-cuda.json
+	$(BIN)/python -m benchmarks.inference --devices cuda --out $(BENCH_OUT)/inference-cuda.json
+ifdef CIFAR
+	$(BIN)/python -m benchmarks.training --scale full --device cuda --precision bf16 --data imagefolder:$(CIFAR) --out $(BENCH_OUT)/training-full.json
 endif
 
 lint: $(INSTALLED)
