@@ -97,6 +97,7 @@ TABLE = {
     ),
     "SSA, layer-wise": Method(SSA()),
     "SSA, layer-wise, linear read-outs": Method(SSA(readout_layers=0)),
+    "SSA, layer-wise, read-outs 64 wide": Method(SSA(readout_width=64)),
     "SSA, layer-wise, memory 0": Method(SSA(memory=0)),
     "SSA, layer-wise, memory 0.5": Method(SSA(memory=0.5)),
     "SSA, layer-wise, rank falling": Method(SSA(), settings={"ranks": RankSchedule(final="0.25")}),
