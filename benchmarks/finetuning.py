@@ -15,7 +15,16 @@ import click
 from torch import nn
 
 from benchmarks.command_line import Listed, Script
-from benchmarks.study import RESULTS, Study, held_back, markdown_table, matching, mean_sd, real_data
+from benchmarks.study import (
+    RESULTS,
+    Study,
+    completed,
+    held_back,
+    markdown_table,
+    matching,
+    mean_sd,
+    real_data,
+)
 from converter.convert import convert, plan
 from converter.files import write_text
 from converter.models import load
@@ -126,7 +135,8 @@ def _tuned(
     small: nn.Module, dense: nn.Module, data: Data, rule: RuleSettings, settings: TrainSettings
 ) -> dict[str, float]:
     model, teacher = copy.deepcopy(small), None if isinstance(rule, BP) else copy.deepcopy(dense)
-    history = train_local(model, data, rule=rule, settings=settings, teacher=teacher)
+    rest = {"rule": rule, "settings": settings, "teacher": teacher}
+    history = completed(train_local(model, data, **rest))
     return {"accuracy": 100 * history.records[-1]["test_accuracy"]}
 
 

@@ -18,6 +18,7 @@ from converter.files import write_text
 from export.doctor import environment
 from trainers.data import Data
 from trainers.device import resolve_device
+from trainers.history import History
 
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
@@ -101,6 +102,17 @@ def markdown_table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     """A Markdown table; the first column to the left, the others to the right."""
     rule = ["---", *("---:" for _ in head[1:])]
     return "".join(f"| {' | '.join(line)} |\n" for line in (head, rule, *lines))
+
+
+def completed(history: History) -> History:
+    """The history of a training that ran to its end: half a training is no row.
+
+    Raises:
+        KeyboardInterrupt: it was interrupted.
+    """
+    if history.interrupted:
+        raise KeyboardInterrupt
+    return history
 
 
 def held_back(data: Data, plain: Data, count: int) -> Data:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from benchmarks.command_line import Listed, Script
-from benchmarks.study import RESULTS, Study, held_back, markdown_table, matching, mean_sd
+from benchmarks.study import RESULTS, Study, completed, held_back, markdown_table, matching, mean_sd
 from converter.convert import convert, plan
 from converter.cost import count_parameters
 from converter.factors import factored_layers
@@ -200,7 +200,7 @@ def _trained(
     batch = torch.randn(MEMORY_BATCH, *spec_of(model).input.shape)
     memory = activation_memory_mib(model, method.rule, batch, num_classes=len(data.classes))
     glance = replace(data, test=data.test.limited(LOOKS, seed=0))
-    history = train_local(model, glance, rule=method.rule, settings=settings)
+    history = completed(train_local(model, glance, rule=method.rule, settings=settings))
     ranks = [layer.rank / layer.full_rank for layer in factored_layers(model).values()]
     rest = {"device": settings.device, "precision": settings.precision}
     return {

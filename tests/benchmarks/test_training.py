@@ -5,6 +5,7 @@ from click.testing import CliRunner
 
 from benchmarks import training
 from benchmarks.training import SCALES, TABLE, main
+from trainers.history import History
 
 ROWS = ("backpropagation, factored", "SSA, layer-wise")
 
@@ -40,3 +41,10 @@ def test_rates_are_chosen_on_training_images_held_back(tmp_path, monkeypatch):
     )
     assert run(tmp_path / "t.json", "--select").exit_code == 0
     assert seen == [SCALES["tiny"].held_back]
+
+
+def test_half_a_training_is_no_row(tmp_path, monkeypatch):
+    history = History(records=[], best_accuracy=0.0, interrupted=True)
+    monkeypatch.setattr(training, "train_local", lambda *_, **__: history)
+    assert run(tmp_path / "t.json").exit_code == 1
+    assert not (tmp_path / "t.json").exists()
