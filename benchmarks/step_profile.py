@@ -18,17 +18,17 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.command_line import Listed, Script
+from benchmarks.contenders import NETWORKS, RULES, Preparation, network_and_images
 from benchmarks.study import RESULTS, commit, markdown_table, matching
-from benchmarks.training_cost import NETWORKS, RULES, WARM_UP, layout, prepare
-from converter.convert import convert, plan
 from converter.files import write_text
-from converter.models import load
 from export.doctor import environment
+from trainers.capture import WARM_UP
 from trainers.device import resolve_device
 from trainers.settings import TrainSettings
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler talks to itself
 
+RANK = "0.5"  # of full, in every layer that is made smaller
 STEPS = 5  # from one retraction to the next
 SHOWN = 8
 
@@ -58,26 +58,17 @@ def main(networks, rules, launched, batch, precision, name, out) -> None:
     settings = TrainSettings(device=device.type, precision=precision)
     rows = []
     for key in networks:
-        spec, shape, classes, few, many = NETWORKS[key]
-        count = batch or (many if device.type == "cuda" else few)
-        torch.manual_seed(0)
-        x = torch.randn(count, *shape).to(device, memory_format=layout(device))
-        labels = torch.arange(count, device=device) % classes
-        dense = load(spec)
-        forms = {
-            "dense": dense,
-            "factored": convert(dense, plan(dense, "0.5", example=x[:1].cpu())),
-        }
+        dense, x, classes = network_and_images(key, device, batch)
+        ready = Preparation(dense, x.to(device), classes, RANK, settings)
         for rule in matching(RULES, rules):
             ways = [*(["launched"] if launched else []), "recorded"]
             for way in ways if device.type == "cuda" else ("launched",):
-                rest = (x, labels, classes, settings, way == "recorded")
-                contender = prepare(rule, forms[RULES[rule][0]], *rest)
-                place = {"network": key, "rule": rule, "images": count, "way": way}
+                contender = ready(rule, record=way == "recorded")
+                place = {"network": key, "rule": rule, "images": len(x), "way": way}
                 rows.append(place | profiled(contender.learn, contender.update, device))
                 print(_line(rows[-1]), flush=True)
-    about = {"precision": precision, "rank": "0.5", "steps": STEPS, "seed": 0}
-    facts = environment(device) | {"commit": commit(), "threads": torch.get_num_threads()}
+    about = {"precision": precision, "rank": RANK, "steps": STEPS, "seed": 0}
+    facts = environment(device) | {"commit": commit()}
     path.parent.mkdir(parents=True, exist_ok=True)
     result = {"about": about, "environment": facts, "rows": rows}
     write_text(path, json.dumps(result, indent=1) + "\n")

@@ -10,14 +10,11 @@ CUDA a step is timed as the trainer takes it, recorded as a graph where that can
 kernel by kernel as well.
 """
 
-import copy
 import json
 import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,56 +24,30 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.command_line import Listed, Script
+from benchmarks.contenders import (
+    NETWORKS,
+    ON_CUDA,
+    RULES,
+    Contender,
+    Preparation,
+    network_and_images,
+)
 from benchmarks.study import RESULTS, commit, markdown_table, matching
-from converter.convert import convert, plan
 from converter.files import atomic_path, write_text
 from converter.models import load
 from converter.zoo import Convolutional
 from export.doctor import environment
-from trainers.capture import WARM_UP, RecordedStep, can_record
-from trainers.device import autocast, resolve_device
-from trainers.distributed import World
+from trainers.capture import WARM_UP
+from trainers.device import resolve_device
 from trainers.memory import MIB, SavedActivations, allocator_peak
-from trainers.rules import BP, DFA, SSA, RuleSettings, StepResult, make_rule
 from trainers.settings import TrainSettings
-from trainers.update import Update
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler talks to itself
 matplotlib.use("Agg")  # no screen needed
 
 from matplotlib import pyplot as plt
 
-RULES: dict[str, tuple[str, RuleSettings]] = {
-    "backprop, dense": ("dense", BP()),
-    "backprop": ("factored", BP()),
-    "dfa, stored": ("factored", DFA(boundaries="units")),
-    "ssa global, recomputed": (
-        "factored",
-        SSA(error="global", storage="recomputed", boundaries="units"),
-    ),
-    "ssa": ("factored", SSA()),
-    "ssa, memory 0": ("factored", SSA(memory=0)),
-    "ssa, linear read-outs": ("factored", SSA(readout_layers=0)),
-    "ssa, read-outs 64 wide": ("factored", SSA(readout_width=64)),
-    "ssa, cut at units": ("factored", SSA(boundaries="units")),
-    "ssa, cut at layers": ("factored", SSA(boundaries="layers")),
-    "ssa, no similarity": ("factored", SSA(similarity=0.0)),
-    "ssa, two blocks at once": ("factored", SSA(overlap=2)),
-    "ssa, four blocks at once": ("factored", SSA(overlap=4)),
-    "ssa, cut at units, four at once": ("factored", SSA(boundaries="units", overlap=4)),
-    "ssa, linear read-outs, two at once": ("factored", SSA(readout_layers=0, overlap=2)),
-}
-ON_CUDA = [name for name in RULES if name.endswith("at once")]  # alike on a CPU
 BASE = "backprop"
-# Network: what to load, images' shape, classes, images to a step on a CPU and on a GPU.
-NETWORKS = {
-    "vgg13": ("zoo:vgg13", (3, 32, 32), 10, 64, 512),
-    "resnet32": ("zoo:resnet32", (3, 32, 32), 10, 128, 512),
-    "smallconv": ("zoo:smallconv", (3, 32, 32), 10, 128, 1024),
-    "mobilenetv1": ("zoo:mobilenetv1", (3, 32, 32), 10, 128, 1024),
-    "resnet50": ("torchvision:resnet50", (3, 224, 224), 1000, 8, 64),
-    "vit_b_16": ("torchvision:vit_b_16", (3, 224, 224), 1000, 4, 64),
-}
 DEPTHS = (20, 32, 44, 56, 110)
 WIDTHS = (16, 32, 64, 128)
 SWEPT = ("backprop, dense", "backprop", "dfa, stored", "ssa", "ssa, memory 0")
@@ -90,18 +61,6 @@ HEAVY = (
     "ssa, cut at layers",
     "ssa, two blocks at once",
 )
-
-
-@dataclass(eq=False)
-class Contender:
-    """One rule on its own copy of a network, ready to step."""
-
-    name: str
-    network: nn.Module
-    state: nn.Module
-    learn: Callable[[], StepResult]  # forward and backward
-    update: Callable[[], None]  # the optimizer and the retraction
-    seconds: list[tuple[float, float]] = field(default_factory=list)  # of learning, and updating
 
 
 @click.command(cls=Script, help=__doc__)
@@ -133,20 +92,18 @@ def main(networks, rules, rank, batch, rounds, sweeps, precision, name, threads,
 
     def measure(part: str, key: str, dense: nn.Module, x: Tensor, classes: int, rules) -> None:
         print(f"{part} {key}, {len(x)} images to a step", flush=True)
-        x = x.to(device, memory_format=layout(device))
+        x = x.to(device)
         rows = compare(dense, x, classes, rank, settings, rules, rounds)
         found[part][key] = {"images": len(x), "shape": list(x.shape[1:]), "rows": rows}
         for row in rows:
             print("  " + _line(row, rows), flush=True)
 
     for key in networks:
-        spec, shape, classes, few, many = NETWORKS[key]
-        count = batch or (many if device.type == "cuda" else few)
+        dense, x, classes = network_and_images(key, device, batch)
         suited = matching(RULES if classes < 1000 else HEAVY, rules)
         if device.type == "cpu":
             suited = [rule for rule in suited if rule not in ON_CUDA]
-        torch.manual_seed(0)
-        measure("networks", key, load(spec), torch.randn(count, *shape), classes, suited)
+        measure("networks", key, dense, x, classes, suited)
     count = batch or (512 if device.type == "cuda" else 64)
     for depth in DEPTHS if sweeps else ():
         torch.manual_seed(0)
@@ -158,7 +115,7 @@ def main(networks, rules, rank, batch, rounds, sweeps, precision, name, threads,
         measure("width", str(width), _plain_stack(width), x, 10, SWEPT)
 
     about = {"rank": rank, "rounds": rounds, "precision": precision, "seed": 0}
-    facts = environment(device) | {"commit": commit(), "threads": torch.get_num_threads()}
+    facts = environment(device) | {"commit": commit()}
     seconds = round(time.perf_counter() - started)
     result = {"about": about, "environment": facts, "seconds": seconds, **found}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -179,22 +136,15 @@ def compare(
     rounds: int,
 ) -> list[dict[str, Any]]:
     """Memory of each contender, then their steps timed in turn; one row each."""
-    factored = convert(dense, plan(dense, rank, example=x[:1].cpu()))
-    forms = {"dense": dense, "factored": factored}
-    labels = torch.arange(len(x), device=x.device) % classes
-
-    def ready(record: bool) -> list[Contender]:
-        return [
-            prepare(name, forms[RULES[name][0]], x, labels, classes, settings, record)
-            for name in rules
-        ]
-
-    launched = ready(record=False)
+    ready = Preparation(dense, x, classes, rank, settings)
+    launched = [ready(name, record=False) for name in rules]
     rows = [weigh(contender, x.device) for contender in launched]
     for row in rows:
         if row["rule"] in ON_CUDA:  # the host frees a block before the next begins, the GPU may not
             row |= {"activations_mib": None, "peak_mib": None}
-    contenders = launched if x.device.type == "cpu" else ready(record=True)
+    contenders = launched
+    if x.device.type != "cpu":
+        contenders = [ready(name, record=True) for name in rules]
     for _ in range(WARM_UP + 1 if contenders is not launched else 0):
         for contender in contenders:
             contender.learn()
@@ -217,34 +167,6 @@ def compare(
             "time_ratio_high": high,
         }
     return rows
-
-
-def prepare(
-    name: str,
-    model: nn.Module,
-    x: Tensor,
-    labels: Tensor,
-    classes: int,
-    settings: TrainSettings,
-    record: bool,
-) -> Contender:
-    """A contender with a training step of its own, recorded as the trainer would if asked to."""
-    rule = RULES[name][1]
-    network = copy.deepcopy(model).to(x.device, memory_format=layout(x.device)).train()
-    learner = make_rule(rule)
-    generator = torch.Generator().manual_seed(0)
-    state = learner.init(network, x, classes, generator).to(x.device)
-    update = Update(network, state, settings, x.device, World(), steps=100_000)
-    done = iter(range(100_000))
-
-    def learn(x: Tensor, labels: Tensor) -> StepResult:
-        with autocast(x.device, settings.precision):
-            return learner.step(network, state, x, labels, scale=update.scale())
-
-    if record and can_record(rule, x.device, processes=1):
-        learn = RecordedStep(learn, (network, state))
-        update.record()
-    return Contender(name, network, state, partial(learn, x, labels), lambda: update(next(done)))
 
 
 def weigh(contender: Contender, device: torch.device) -> dict[str, Any]:
@@ -270,10 +192,6 @@ def _plain_stack(width: int) -> nn.Module:
     """Six convolutions in three stages, `width` channels in the first."""
     stages = (width, width, "M", 2 * width, 2 * width, "M", 4 * width, 4 * width, "M")
     return Convolutional(stages, (), 10, 3, 32)
-
-
-def layout(device: torch.device) -> torch.memory_format:
-    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
 
 def _round(contender: Contender, device: torch.device) -> tuple[float, float]:
