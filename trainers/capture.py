@@ -143,15 +143,13 @@ class RecordedStep:
         if self.replays:
             self._ready_gradients()
         result = self._learn(*self._batch)
-        if not self._gradients:
-            self._trained = [p for p in self._parameters if p.grad is not None]
+        if self.replays and not self._gradients:  # that was the last to warm up
+            found = ((p, p.grad) for p in self._parameters)
+            self._gradients = [(p, gradient) for p, gradient in found if gradient is not None]
         return result
 
     def _ready_gradients(self) -> None:
         """Where a gradient is None, the place that the graph adds to, holding zeros."""
-        if not self._gradients:
-            found = ((p, torch.zeros_like(p) if p.grad is None else p.grad) for p in self._trained)
-            self._gradients = list(found)
         cleared = [(p, gradient) for p, gradient in self._gradients if p.grad is not gradient]
         if cleared:
             torch._foreach_zero_([gradient for _, gradient in cleared])

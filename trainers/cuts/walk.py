@@ -61,7 +61,8 @@ class Walk(Iterator[tuple[tuple[Tensor, ...], Tensor | None]]):
 
     def __next__(self) -> tuple[tuple[Tensor, ...], Tensor | None]:
         if self._made is not None:
-            self._pass(self._parts[self._next - 1], self._made)
+            passed = self._passed()
+            self._environment |= _detached(passed) if self._detached else passed
             self._made = None
         if self._next == len(self._parts):
             raise StopIteration
@@ -81,20 +82,20 @@ class Walk(Iterator[tuple[tuple[Tensor, ...], Tensor | None]]):
 
     def crossing(self) -> list[Tensor]:
         """What the last block made for later ones, detached."""
-        values = (self._made[name] for name in self._parts[self._next - 1].passed)
-        return [value.detach() for value in values if isinstance(value, Tensor)]
+        return [v for v in _detached(self._passed()).values() if isinstance(v, Tensor)]
 
     def snapshot(self) -> "Snapshot":
         """This stop, to go on from later and otherwise."""
-        passed = {name: self._made[name] for name in self._parts[self._next - 1].passed}
-        return Snapshot(self._parts, {**self._environment, **passed}, self._next)
+        return Snapshot(self._parts, {**self._environment, **self._passed()}, self._next)
 
-    def _pass(self, part: Part, made: dict[str, Any]) -> None:
-        for name in part.passed:
-            value = made[name]
-            if self._detached and isinstance(value, Tensor):
-                value = value.detach()
-            self._environment[name] = value
+    def _passed(self) -> dict[str, Any]:
+        """What the last block made for later ones, by name, with its graph."""
+        return {name: self._made[name] for name in self._parts[self._next - 1].passed}
+
+
+def _detached(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values without their graphs."""
+    return {k: v.detach() if isinstance(v, Tensor) else v for k, v in values.items()}
 
 
 @dataclass(frozen=True)
