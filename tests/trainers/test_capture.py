@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from converter.convert import convert, plan
 from converter.errors import StiefelError
+from tests.trainers.networks import digits_network as network
 from trainers import capture, trainer
 from trainers.capture import WARM_UP, Recorded, RecordedStep, can_record
 from trainers.data import load_data
@@ -171,20 +171,6 @@ def test_gradients_have_one_place_which_is_zeroed_where_they_were_cleared():
 )
 def test_which_steps_can_be_recorded(rule, device, processes, expected):
     assert can_record(rule, device, processes) is expected
-
-
-def network() -> nn.Module:
-    torch.manual_seed(1)
-    dense = nn.Sequential(
-        nn.Conv2d(1, 24, 3, padding=1),
-        nn.BatchNorm2d(24),
-        nn.ReLU(),
-        nn.Conv2d(24, 24, 3, stride=2, padding=1),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(384, 10),
-    )
-    return convert(dense, plan(dense, "0.4"))
 
 
 @pytest.fixture(scope="module")

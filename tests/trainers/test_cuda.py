@@ -11,6 +11,7 @@ from converter.convert import convert, plan
 from converter.errors import StiefelError
 from converter.factors import factored_layers
 from converter.models import load
+from tests.trainers.networks import digits_network as small
 from trainers.capture import WARM_UP, RecordedStep, can_record
 from trainers.data import Data, load_data
 from trainers.device import autocast
@@ -61,22 +62,6 @@ def digits() -> Data:
 def settings(**changes) -> TrainSettings:
     plain = {"epochs": 4, "batch_size": 64, "lr": 5e-3, "device": "cuda"}
     return TrainSettings(**{**plain, **changes})
-
-
-def small(dropout: float = 0.0) -> nn.Module:
-    """A factored network for digits."""
-    torch.manual_seed(1)
-    dense = nn.Sequential(
-        nn.Conv2d(1, 24, 3, padding=1),
-        nn.BatchNorm2d(24),
-        nn.ReLU(),
-        nn.Dropout(dropout),
-        nn.Conv2d(24, 24, 3, stride=2, padding=1),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(384, 10),
-    )
-    return convert(dense, plan(dense, "0.4"))
 
 
 class Stepper:

@@ -3,14 +3,15 @@
 import copy
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from converter.convert import convert, plan
 from converter.factors import factored_layers
+from tests.trainers.networks import digits_network
 from trainers.data import Data, examples, load_data
 from trainers.diagnostics import Diagnostics, weighted_modules
 from trainers.manifold import departure
@@ -24,19 +25,7 @@ def data() -> Data:
     return load_data("digits", limit_train=200, limit_test=100)
 
 
-def network() -> nn.Module:
-    torch.manual_seed(1)
-    dense = nn.Sequential(
-        nn.Conv2d(1, 24, 3, padding=1),
-        nn.BatchNorm2d(24),
-        nn.ReLU(),
-        nn.Conv2d(24, 24, 3, stride=2, padding=1),
-        nn.ReLU(),
-        nn.Dropout(0.2),
-        nn.Flatten(),
-        nn.Linear(384, 10),
-    )
-    return convert(dense, plan(dense, "0.4")).train()
+network = partial(digits_network, dropout=0.2)
 
 
 def looked(settings, model, data, **options) -> tuple[dict, Diagnostics]:

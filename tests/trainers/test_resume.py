@@ -3,16 +3,16 @@
 import json
 import os
 import signal
+from functools import partial
 
 import pytest
 import torch
-from torch import nn
 from torch.utils.data import Subset
 
 from converter.checkpoints import load_factored
-from converter.convert import convert, plan
 from converter.errors import StiefelError
 from converter.factors import factored_layers
+from tests.trainers.networks import digits_network
 from trainers.data import Data, load_data
 from trainers.rank_schedule import RankSchedule
 from trainers.rules import BP, SSA
@@ -27,19 +27,7 @@ def data() -> Data:
     return load_data("digits", limit_train=96, limit_test=40)
 
 
-def network(width: int = 24, factored: bool = True) -> nn.Module:
-    torch.manual_seed(1)
-    dense = nn.Sequential(
-        nn.Conv2d(1, width, 3, padding=1),
-        nn.BatchNorm2d(width),
-        nn.ReLU(),
-        nn.Dropout(0.2),
-        nn.Conv2d(width, 24, 3, stride=2, padding=1),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(384, 10),
-    )
-    return convert(dense, plan(dense, "0.4")) if factored else dense
+network = partial(digits_network, dropout=0.2)
 
 
 def settings(**changes) -> TrainSettings:

@@ -12,6 +12,7 @@ from converter.convert import convert, plan
 from converter.errors import StiefelError
 from converter.factors import factored_layers
 from converter.models import load
+from tests.trainers.networks import digits_network as network
 from trainers.data import Data, load_data
 from trainers.evaluate import evaluate
 from trainers.manifold import SMALLEST_S, Manifold
@@ -65,20 +66,6 @@ def data() -> Data:
 def own(train, test=None, classes=10) -> Data:
     test = Images(range(classes)) if test is None else test
     return Data(train, test, tuple(map(str, range(classes))), "own")
-
-
-def network(factored: bool = True) -> nn.Module:
-    torch.manual_seed(1)
-    dense = nn.Sequential(
-        nn.Conv2d(1, 24, 3, padding=1),
-        nn.BatchNorm2d(24),
-        nn.ReLU(),
-        nn.Conv2d(24, 24, 3, stride=2, padding=1),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(384, 10),
-    )
-    return convert(dense, plan(dense, "0.4")) if factored else dense
 
 
 def settings(**changes) -> TrainSettings:
