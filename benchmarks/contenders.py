@@ -28,7 +28,7 @@ RULES: dict[str, tuple[str, RuleSettings]] = {
     "ssa": ("factored", SSA()),
     "ssa, memory 0": ("factored", SSA(memory=0)),
     "ssa, linear read-outs": ("factored", SSA(readout_layers=0)),
-    "ssa, read-outs 64 wide": ("factored", SSA(readout_width=64)),
+    "ssa, read-outs 32 wide": ("factored", SSA(readout_width=32)),
     "ssa, cut at units": ("factored", SSA(boundaries="units")),
     "ssa, cut at layers": ("factored", SSA(boundaries="layers")),
     "ssa, no similarity": ("factored", SSA(similarity=0.0)),

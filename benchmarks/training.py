@@ -97,9 +97,9 @@ TABLE = {
     ),
     "SSA, layer-wise": Method(SSA()),
     "SSA, layer-wise, linear read-outs": Method(SSA(readout_layers=0)),
-    "SSA, layer-wise, read-outs 64 wide": Method(SSA(readout_width=64)),
-    "SSA, layer-wise, memory 0": Method(SSA(memory=0)),
-    "SSA, layer-wise, memory 0.5": Method(SSA(memory=0.5)),
+    "SSA, layer-wise, read-outs 32 wide": Method(SSA(readout_width=32)),
+    "SSA, layer-wise, 32 wide, memory 0": Method(SSA(readout_width=32, memory=0)),
+    "SSA, layer-wise, 32 wide, memory 0.5": Method(SSA(readout_width=32, memory=0.5)),
     "SSA, layer-wise, rank falling": Method(SSA(), settings={"ranks": RankSchedule(final="0.25")}),
 }
 # One change at a time to the defaults, «SSA, layer-wise» above.
@@ -123,7 +123,7 @@ ABLATION = {
     "linear read-outs": TABLE["SSA, layer-wise, linear read-outs"],
     "linear read-outs, 2 layers to a block": Method(SSA(readout_layers=0, layers_per_block=2)),
     "one hidden layer": Method(SSA(readout_layers=1)),
-    "hidden layers 64 wide": Method(SSA(readout_width=64)),
+    "hidden layers 32 wide": Method(SSA(readout_width=32)),
     "rank 0.75": Method(SSA(), rank=0.75),
     "rank 0.25 from the start": Method(SSA(), rank=0.25),
     "retraction QR": Method(SSA(), settings={"retraction": "qr"}),

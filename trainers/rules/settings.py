@@ -47,7 +47,7 @@ class SSA(FeedbackSettings):
         "and similarity see beside a map itself; default 2 where feedback is learned from a "
         "layerwise error, else 0",
     )
-    readout_width: int = Field(32, ge=1, description="channels of these convolutions")
+    readout_width: int = Field(64, ge=1, description="channels of these convolutions")
     cross_entropy: float | None = Field(
         None, ge=0, description="weight of the cross-entropy; default 1, or 0 with a teacher"
     )
