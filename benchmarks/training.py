@@ -130,7 +130,7 @@ ABLATION = {
     "retraction polar": Method(SSA(), settings={"retraction": "polar"}),
     "retraction every step": Method(SSA(), settings={"retract_every": 1}),
     "no retraction": Method(SSA(), settings={"retract_every": 0}),
-    "SGD, rate 0.1": Method(SSA(), lr=0.1, settings={"optimizer": "sgd"}),
+    "SGD, rate 0.05": Method(SSA(), lr=0.05, settings={"optimizer": "sgd"}),
     "rank falling to 0.25": TABLE["SSA, layer-wise, rank falling"],
 }
 

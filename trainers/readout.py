@@ -76,7 +76,6 @@ class HiddenLayers(nn.Module):
         super().__init__()
         cells = root.cells(grid)
         self.root, self.grid = root, grid
-        self.shape = (root.channels, *cells)
         self.output = Root(f"{root.name}, hidden", (root.channels + width, *cells), "map")
         inputs = [root.channels] + [width] * (layers - 1)
         # Not drawn twice, the first time from the caller's random numbers.
@@ -85,10 +84,13 @@ class HiddenLayers(nn.Module):
         self.norms = nn.ModuleList(nn.BatchNorm2d(width, track_running_stats=False) for _ in inputs)
         for layer in self.layers:
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=generator)
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, h: Tensor) -> Tensor:
         """h (N, *root.shape) to (N, C + width, rows, columns)."""
-        h = averaged = self.root.pooled(h, self.grid).unflatten(1, self.shape)
+        averaged = self.root.averaged(h, self.grid)
+        # A fifth to a quarter quicker so, on a CPU; the network may be laid out either way.
+        h = averaged = averaged.contiguous(memory_format=torch.channels_last)
         for layer, norm in zip(self.layers, self.norms, strict=True):
             h = F.relu(norm(layer(h)))
         return torch.cat([averaged, h], dim=1)

@@ -54,7 +54,7 @@ def test_hidden_layers_are_convolutions_beside_the_averaged_map(layout, layers):
 def test_hidden_layers_on_a_map_smaller_than_the_grid_see_it_whole():
     root = make_root("h", (2, 6, 2, 2), IMAGE)
     view = Features(root, 4, _hidden(root))
-    assert view.hidden.shape == (6, 2, 2)
+    assert view.hidden.output.shape == (16, 2, 2)
     assert view(torch.randn(5, 6, 2, 2)).shape == (5, view.count) == (5, (6 + 10) * 2 * 2)
 
 

@@ -103,16 +103,17 @@ class Root:
         """
         if self.layout == "tokens":
             return h.mean(dim=1)
+        return (self.averaged(h, grid) if self.is_map else h).flatten(1)
+
+    def averaged(self, h: Tensor, grid: int) -> Tensor:
+        """A feature map h (N, *shape) averaged to (N, C, rows, columns), at most grid x grid."""
         if self.layout == "map-last":
             h = h.permute(0, 3, 1, 2)
-        if self.is_map:
-            (height, width), (rows, columns) = self.sides, self.cells(grid)
-            if height % rows == 0 and width % columns == 0:
-                # The same means; unlike adaptive pooling, it repeats bit for bit on CUDA.
-                h = _CellMeans.apply(h, (height // rows, width // columns))
-            else:
-                h = F.adaptive_avg_pool2d(h, (rows, columns))
-        return h.flatten(1)
+        (height, width), (rows, columns) = self.sides, self.cells(grid)
+        if height % rows == 0 and width % columns == 0:
+            # The same means; unlike adaptive pooling, it repeats bit for bit on CUDA.
+            return _CellMeans.apply(h, (height // rows, width // columns))
+        return F.adaptive_avg_pool2d(h, (rows, columns))
 
 
 class _CellMeans(torch.autograd.Function):
