@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from converter.convert import convert, plan
 from converter.models import load
 from trainers.capture import RecordedStep, can_record
-from trainers.device import autocast
+from trainers.device import autocast, resolve_layout
 from trainers.distributed import World
 from trainers.rules import BP, DFA, SSA, RuleSettings, StepResult, make_rule
 from trainers.settings import TrainSettings
@@ -89,8 +89,7 @@ class Preparation:
     ) -> None:
         factored = convert(dense, plan(dense, rank, example=x[:1].cpu()))
         self._forms = {"dense": dense, "factored": factored}
-        cuda = x.device.type == "cuda"
-        self._layout = torch.channels_last if cuda else torch.contiguous_format
+        self._layout = resolve_layout(settings.memory_format, x.device)
         self._x, self._classes = x.to(memory_format=self._layout), classes
         self._labels = torch.arange(len(x), device=x.device) % classes
         self._settings = settings

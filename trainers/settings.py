@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from converter.settings import Settings
-from trainers.device import DeviceName, Precision
+from trainers.device import DeviceName, MemoryFormat, Precision
 from trainers.rank_schedule import RankSchedule
 
 
@@ -55,7 +55,7 @@ class TrainSettings(Settings):
         description="statistics of each process's batch (train), the running ones (frozen), or "
         "those of all processes' batches together (sync)",
     )
-    memory_format: Literal["auto", "contiguous", "channels_last"] = Field(
+    memory_format: MemoryFormat = Field(
         "auto", description="layout of images in memory; auto: channels_last on CUDA"
     )
     cuda_graph: bool = Field(

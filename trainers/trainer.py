@@ -16,7 +16,7 @@ from converter.factors import factored_layers
 from trainers import checks
 from trainers.capture import RecordedStep, can_record
 from trainers.data import Data, batches, begin_epoch, epoch_order, images
-from trainers.device import autocast, peak_memory_mib, resolve_device
+from trainers.device import autocast, peak_memory_mib, resolve_device, resolve_layout
 from trainers.diagnostics import Diagnostics
 from trainers.distributed import World, join_world, synchronised_batch_norm
 from trainers.evaluate import evaluate
@@ -141,10 +141,7 @@ class _Training:
         self.materials = materials(self.data, teacher)
         kept = self._kept() if resume else None
 
-        channels_last = settings.memory_format == "channels_last" or (
-            settings.memory_format == "auto" and device.type == "cuda"
-        )
-        self.layout = torch.channels_last if channels_last else torch.contiguous_format
+        self.layout = resolve_layout(settings.memory_format, device)
         for module in (network, teacher):
             if module is not None:
                 module.to(device, memory_format=self.layout)
