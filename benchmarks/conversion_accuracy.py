@@ -29,7 +29,7 @@ from converter.convert import convert, plan
 from converter.cost import count_parameters
 from converter.files import atomic_path, write_text
 from converter.models import load
-from converter.ranks import RankPlan
+from converter.rank_plan import RankPlan
 from trainers.data import examples, images, load_data
 
 matplotlib.use("Agg")  # no screen needed

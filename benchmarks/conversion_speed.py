@@ -29,7 +29,7 @@ from converter.decompose import decompose
 from converter.files import write_text
 from converter.layers import find_layers, prepared
 from converter.models import load
-from converter.ranks import LayerPlan
+from converter.rank_plan import LayerPlan
 
 TARGETS = {"vgg16": 60.0, "resnet50": 30.0}  # seconds on two cores
 SHARES = (0.75, 0.5, 0.33, 0.25)

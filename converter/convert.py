@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from converter.calibration import Calibration, fit_to, narrow, widen
 from converter.layers import closed, find_layers, install, prepared
 from converter.planning import plan
-from converter.ranks import RankPlan
+from converter.rank_plan import RankPlan
 from converter.reconstruction import reconstruct
 from converter.refinement import refine
 from converter.revision import check_plan, revise

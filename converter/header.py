@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import Field, JsonValue, ValidationError
 
 from converter.errors import StiefelError
-from converter.ranks import RankPlan
+from converter.rank_plan import RankPlan
 from converter.schemes import Scheme
 from converter.settings import Settings
 from converter.specs import ModelSpec

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from converter.cost import count_macs, count_parameters, dense_macs, layer_calls, macs_per_rank
 from converter.decompose import Factors
 from converter.layers import Layer, find_layers, prepared
-from converter.ranks import RankPlan
+from converter.rank_plan import RankPlan
 from converter.settings import Settings
 
 

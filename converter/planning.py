@@ -16,7 +16,8 @@ from converter.errors import StiefelError
 from converter.latency import LatencyPrices
 from converter.layers import Layer, find_layers, parameters_per_rank, prepared
 from converter.prices import MacPrices, ParameterPrices
-from converter.ranks import Budget, Energy, Fixed, LayerPlan, Policy, RankPlan, parse_rank
+from converter.rank_plan import LayerPlan, RankPlan, check_rank, spectrum_error
+from converter.ranks import Budget, Energy, Fixed, Policy, parse_rank
 from converter.requests import Override, Request, read_requests
 from converter.sensitivity import sensitivities
 from converter.spectra import Decomposer, Progress, calibrated
@@ -182,7 +183,7 @@ def _by_policy(layer: Layer, request: Request, decompose: Decomposer) -> Decisio
         found = decompose(layer, scheme) if isinstance(request.policy, Energy) else None
         rank = ranks.policy_rank(request.policy, min(shape), found)
         if request.forced and isinstance(request.policy, Fixed):
-            ranks.check_rank(layer.name, rank, layer.highest_rank(scheme))
+            check_rank(layer.name, rank, layer.highest_rank(scheme))
         worthwhile = layer.worthwhile_rank(scheme)
         if rank > (layer.highest_rank(scheme) if request.forced else worthwhile):
             refused = refused or Decision(scheme, None, _not_worth(layer, rank, worthwhile))
@@ -211,7 +212,7 @@ def check_fixed(policy: Fixed, layers: Sequence[Layer]) -> None:
     }
     name = max(highest, key=highest.get, default=None)
     if name is not None:
-        ranks.check_rank(f"{name}, the layer of highest rank", policy.rank, highest[name])
+        check_rank(f"{name}, the layer of highest rank", policy.rank, highest[name])
 
 
 def _entry(
@@ -244,7 +245,7 @@ def _entry(
         parameters_per_rank=per_rank_parameters,
         dense_macs=counted,
         macs_per_rank=per_rank,
-        expected_error=ranks.spectrum_error(found, decision.rank),
+        expected_error=spectrum_error(found, decision.rank),
         reason=decision.reason,
         tied_to=layer.tied_to,
     )

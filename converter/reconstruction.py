@@ -23,7 +23,7 @@ from converter.decompose import decompose
 from converter.factors import Factored
 from converter.flow import BatchNorm, Flow, Residual, trace
 from converter.lockstep import Meeting, Station, stations
-from converter.ranks import LayerPlan, RankPlan
+from converter.rank_plan import LayerPlan, RankPlan
 
 _ROWS = 8192  # sampled rows that are taken to float64 at once
 

@@ -12,7 +12,7 @@ from converter.calibration import Calibration, widen
 from converter.errors import StiefelError, did_you_mean
 from converter.layers import Layer, find_layers, prepared
 from converter.planning import assemble, count, example_for
-from converter.ranks import RankPlan, check_rank
+from converter.rank_plan import RankPlan, check_rank
 from converter.spectra import Decomposer, Progress, calibrated
 
 

@@ -12,7 +12,7 @@ from converter.decompose import Factors, Spectrum, spectrum
 from converter.errors import StiefelError
 from converter.layers import Layer
 from converter.moments import Key, Moment, Moments
-from converter.ranks import LayerPlan, RankPlan
+from converter.rank_plan import LayerPlan, RankPlan
 
 NO_MOMENTS: Mapping[Key, Moment] = {}
 

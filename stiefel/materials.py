@@ -11,7 +11,8 @@ from converter.checkpoints import load_any
 from converter.cost import dtype_of
 from converter.errors import StiefelError
 from converter.models import load
-from converter.ranks import RankPlan, parse_rank
+from converter.rank_plan import RankPlan
+from converter.ranks import parse_rank
 from converter.specs import ModelSpec, spec_of
 from stiefel.recipe import ConvertSection, DataSection, ModelSection
 from trainers.data import Data, images, load_data

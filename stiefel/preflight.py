@@ -10,13 +10,13 @@ from converter.factors import factored_layers
 from converter.layers import Layer, find_layers, prepared
 from converter.planning import check_fixed
 from converter.prices import MacPrices, ParameterPrices, Prices
+from converter.rank_plan import check_rank
 from converter.ranks import (
     Budget,
     Energy,
     Fixed,
     Option,
     Policy,
-    check_rank,
     meet_budget,
     parse_rank,
     policy_rank,

@@ -10,7 +10,7 @@ from torch import nn
 from converter import convert as factoring
 from converter.checkpoints import load_any, save_dense, save_factored
 from converter.cost import count_macs, count_parameters
-from converter.ranks import RankPlan
+from converter.rank_plan import RankPlan
 from export.bench import bench
 from export.doctor import environment
 from export.onnx import export_onnx

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from converter.errors import StiefelError
 from converter.inspect import Inspection
-from converter.ranks import RankPlan
+from converter.rank_plan import RankPlan
 from export.bench_report import BenchReport
 from export.result import ExportResult
 

@@ -16,7 +16,7 @@ from converter.factors import Factored, factored_layers
 from converter.flow import trace
 from converter.layers import find_layers, prepared
 from converter.moments import second_moments
-from converter.ranks import RankPlan
+from converter.rank_plan import RankPlan
 from converter.reconstruction import reconstruct
 from converter.refinement import find_units, refine
 from converter.sensitivity import sensitivities

@@ -12,7 +12,7 @@ from converter.convert import plan
 from converter.cost import layer_calls
 from converter.errors import StiefelError
 from converter.layers import find_layers, prepared
-from converter.ranks import RankPlan
+from converter.rank_plan import RankPlan
 
 
 @pytest.fixture

@@ -13,13 +13,13 @@ from torch import nn
 from converter.convert import convert, plan
 from converter.cost import count_macs, count_parameters
 from converter.errors import StiefelError
+from converter.rank_plan import RankPlan
 from converter.ranks import (
     Budget,
     Energy,
     Fixed,
     Fraction,
     Option,
-    RankPlan,
     meet_budget,
     parse_rank,
 )

@@ -9,7 +9,7 @@ from torch import nn
 from converter.convert import convert, plan, revise
 from converter.cost import count_parameters
 from converter.errors import StiefelError
-from converter.ranks import RankPlan
+from converter.rank_plan import RankPlan
 
 MODEL = nn.Sequential(
     *(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2, padding=1)),
