@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -116,7 +117,7 @@ def timed_rounds(
     least_rounds: int = LEAST_RUNS,
 ) -> list[list[float]]:
     """Seconds of one call of each, in turns, over and over: a list for every round."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
     rounds: list[list[float]] = []
     spent = 0.0
     with torch.inference_mode():

@@ -13,23 +13,19 @@ MIB = 2**20
 class PeakMemory:
     """The memory that loading and running a model adds, measured in this process.
 
-    On CUDA the device's used memory or torch's allocator, whichever grew more, so that ONNX
-    Runtime's arena counts too. On Linux CPUs the resident set: what the loaded model holds plus
-    the most that its calls add on top. Elsewhere None.
+    On CUDA the device's used memory, so that ONNX Runtime's arena counts too: allocators keep what
+    they once took. On Linux CPUs the resident set: what the loaded model holds plus the most that
+    its calls add on top. Elsewhere None.
     """
 
     def __init__(self, device: torch.device):
         self.device = device
-        self._start = self._loaded = 0.0
         _release(device)
         self._start = self._now()
 
     def loaded(self) -> None:
         """The model is there; from here on count the peak of its calls."""
-        self._loaded = self._now()
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        else:
+        if self.device.type != "cuda":
             with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
                 file.write("5")
 

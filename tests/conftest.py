@@ -1,6 +1,7 @@
 """What every test shares: one thread, reproducible property tests, and the way to the real data."""
 
 import os
+import signal
 import tarfile
 from pathlib import Path
 
@@ -11,6 +12,14 @@ from hypothesis import settings
 # Linear algebra on a busy two-core machine has no steady pace, so a deadline would only flake.
 settings.register_profile("stiefel", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("stiefel")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interrupted_as_in_a_terminal():
+    # A process started in the background ignores SIGINT from the start.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(autouse=True)

@@ -18,13 +18,15 @@ class Stop:
 def interruptible() -> Iterator[Stop]:
     """Turn the first SIGINT or SIGTERM into `stop.requested`; a second one acts as it always did.
 
-    Outside the main thread, where Python allows no handlers, signals act as they always did.
+    Outside the main thread, where Python allows no handlers, signals act as they always did. One
+    that the process was told to ignore, as a script's background jobs are, it goes on ignoring.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
 
     def restore() -> None:
         for number, handler in before.items():

@@ -15,7 +15,7 @@ class Reading:
     """Means over the epoch so far, of all processes.
 
     Attributes:
-        loss: the sum of the local losses.
+        loss: cross-entropy of the network's output.
         accuracy: of the training images as they were seen, 0..1.
         per_block: block name → local loss.
         stop: whether any process was asked to stop.

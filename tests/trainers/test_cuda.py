@@ -270,6 +270,15 @@ def test_the_allocator_s_peak_does_not_grow_with_depth():
     assert peaks["local", 56] < peaks["bp", 56] / 2  # libraries' workspaces are a part of it
 
 
+def test_ranks_are_chosen_on_the_gpu_as_on_the_cpu():
+    torch.manual_seed(0)
+    dense = load("zoo:smallconv").eval()
+    plans = [plan(dense, "energy=0.9", device=device) for device in ("cpu", CUDA)]
+    here, there = ([layer.rank for layer in planned.layers] for planned in plans)
+    assert any(here)
+    assert all(abs((a or 0) - (b or 0)) <= 1 for a, b in zip(here, there, strict=True))
+
+
 def test_decomposition_and_calibration_on_the_gpu_agree_with_the_cpu():
     torch.manual_seed(0)
     dense = load("zoo:smallconv").eval()

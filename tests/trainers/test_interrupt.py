@@ -9,14 +9,6 @@ import pytest
 from trainers.interrupt import interruptible
 
 
-@pytest.fixture(autouse=True)
-def _interrupted_as_in_a_terminal():
-    # A process started in the background ignores SIGINT from the start.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_only_asks(number):
     before = signal.getsignal(number)
@@ -53,3 +45,16 @@ def test_other_threads_are_left_alone():
     thread.start()
     thread.join()
     assert seen == [(before, False)]
+
+
+def test_what_is_ignored_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with interruptible() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not stop.requested
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.requested
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
