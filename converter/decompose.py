@@ -109,7 +109,7 @@ class Spectrum:
         return float(self.errors()[rank - 1])
 
     def errors(self) -> Tensor:
-        """The relative errors of every rank 1 … k, float64 (k,), on the CPU: ranks are chosen there."""
+        """The relative errors of every rank 1 … k, float64 (k,), on the CPU."""
         squares = self.values.cpu().square().reshape(-1, self.values.shape[-1]).sum(0)
         if self.energy == 0:
             return torch.zeros_like(squares)

@@ -33,7 +33,8 @@ class RankSchedule(Settings):
         None,
         gt=0,
         le=1,
-        description="share of ΣS² that every layer keeps, whatever final says; none: no such limit",
+        description="share of ΣS² that every layer keeps over all falls, whatever final says; "
+        "none: no such limit",
     )
     floor: int = Field(4, ge=1, description="no layer falls below this rank")
     start: int = Field(2, ge=1, description="first epoch that begins with lower ranks")
@@ -80,12 +81,14 @@ class LayerRank:
         full_rank: min(m, n).
         cost: parameters that one direction adds.
         dense: parameters of the dense weight.
+        kept: share of the energy, 0..1, that earlier falls left, each of what it found.
     """
 
     energies: Tensor
     full_rank: int
     cost: int
     dense: int
+    kept: float = 1.0
 
     @property
     def rank(self) -> int:
@@ -98,8 +101,12 @@ class LayerRank:
         return (1 - kept / kept[-1]).clamp(min=0)
 
     def energy_rank(self, share: float) -> int:
-        """The fewest directions that hold `share` of the energy."""
-        return int((self.tail() > 1 - share + 1e-12).sum()) + 1
+        """The fewest directions that keep `share` of the energy, earlier falls included."""
+        return int((self.tail() > 1 - share / self.kept + 1e-12).sum()) + 1
+
+    def kept_at(self, rank: int) -> float:
+        """What `kept` becomes when the rank falls to this one."""
+        return self.kept * (1 - float(self.tail()[rank - 1]))
 
 
 @dataclass(frozen=True)
@@ -122,15 +129,24 @@ class ModelRanks:
         """The ranks as they are."""
         return {name: layer.rank for name, layer in self.layers.items()}
 
+    def kept_at(self, ranks: Mapping[str, int]) -> dict[str, float]:
+        """Each layer's `kept` once it has fallen to its rank here."""
+        return {name: layer.kept_at(ranks[name]) for name, layer in self.layers.items()}
 
-def look(model: nn.Module) -> ModelRanks:
-    """What the schedule needs to know of a model; reads S from the device."""
+
+def look(model: nn.Module, kept: Mapping[str, float] | None = None) -> ModelRanks:
+    """What the schedule needs to know of a model; reads S from the device.
+
+    Args:
+        kept: layers' shares of energy that earlier falls left, where there were any.
+    """
     layers = {}
     for name, (layer, *_) in tied_layers(model).items():
         groups = layer.S.numel() // layer.rank
         m, n = layer.matrix_shape
         energies = direction_energies(layer).cpu().sort(descending=True).values
-        layers[name] = LayerRank(energies, layer.full_rank, groups * (m + n + 1), groups * m * n)
+        sizes = layer.full_rank, groups * (m + n + 1), groups * m * n
+        layers[name] = LayerRank(energies, *sizes, kept=(kept or {}).get(name, 1.0))
     factored = sum(layer.rank * layer.cost for layer in layers.values())
     return ModelRanks(layers, count_parameters(model) - factored)
 
@@ -195,9 +211,10 @@ def lowered(
     ranks = model.ranks()
     if epoch not in due:
         return ranks
-    wanted = _wanted(schedule, (due.index(epoch) + 1) / len(due), model, start)
+    share = (due.index(epoch) + 1) / len(due)
+    wanted = _wanted(schedule, share, model, start)
     for name, layer in model.layers.items():
-        used = layer.energy_rank(schedule.energy) if schedule.energy else 1
+        used = layer.energy_rank(_partly(schedule.energy, share)) if schedule.energy else 1
         ranks[name] = min(ranks[name], max(wanted[name], used, schedule.floor))
     return ranks
 
@@ -210,7 +227,7 @@ def _wanted(
     if policy is None:
         return dict.fromkeys(layers, 1)
     if isinstance(policy, Energy):
-        energy = 1 - share * (1 - policy.energy)
+        energy = _partly(policy.energy, share)
         return {name: layer.energy_rank(energy) for name, layer in layers.items()}
     if isinstance(policy, Budget):
         at_start = model.parameters(start) / model.dense
@@ -221,6 +238,11 @@ def _wanted(
         for name, layer in layers.items()
     }
     return {name: round(start[name] + share * (rank - start[name])) for name, rank in final.items()}
+
+
+def _partly(energy: float, share: float) -> float:
+    """The energy that is to be left when `share` (0..1) of the way to `energy` is gone."""
+    return 1 - share * (1 - energy)
 
 
 def _within_budget(target: float, model: ModelRanks, floor: int) -> dict[str, int]:

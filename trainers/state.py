@@ -16,7 +16,7 @@ from converter.files import atomic_path, write_text
 from trainers.data import Data
 from trainers.manifold import tied_layers, truncate_
 
-FORMAT = "stiefel training state 5"
+FORMAT = "stiefel training state 6"
 # What may differ between a run and its continuation: nothing that changes the result on a CPU.
 _FREE = {
     "device",

@@ -137,7 +137,7 @@ class _Training:
         check_schedule(settings.ranks, settings.epochs, model)
         if settings.ranks.active:
             checks.check_ties(network)
-        self.first_ranks = model.ranks()
+        self.first_ranks, self.kept_energy = model.ranks(), {}
         self.materials = materials(self.data, teacher)
         kept = self._kept() if resume else None
 
@@ -252,8 +252,9 @@ class _Training:
     def _lower_ranks(self) -> None:
         if not self.settings.ranks.active:
             return
-        epochs, model = self.settings.epochs, look(self.network)
+        epochs, model = self.settings.epochs, look(self.network, self.kept_energy)
         ranks = lowered(self.settings.ranks, self.epoch, epochs, model, self.first_ranks)
+        self.kept_energy = model.kept_at(ranks)
         if self.update.truncate(ranks):
             self._prepare_step()
 
@@ -413,5 +414,6 @@ class _Training:
                     module.eval()
 
 
-_PLACE = ("epoch", "step", "seconds", "records", "looks", "best", "stale", "first_ranks")
+_PLACE = ("epoch", "step", "seconds", "records", "looks", "best", "stale")
+_PLACE += ("first_ranks", "kept_energy")
 _PARTS = ("network", "state", "update", "meter")

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -47,16 +49,17 @@ schedules = st.builds(
 
 
 def cut(model: ModelRanks, ranks: dict[str, int]) -> ModelRanks:
-    kept = {
-        name: LayerRank(layer.energies[: ranks[name]], layer.full_rank, layer.cost, layer.dense)
+    kept = model.kept_at(ranks)
+    layers = {
+        name: replace(layer, energies=layer.energies[: ranks[name]], kept=kept[name])
         for name, layer in model.layers.items()
     }
-    return ModelRanks(kept, model.rest)
+    return ModelRanks(layers, model.rest)
 
 
 @given(models, schedules, st.integers(4, 20))
 def test_ranks_never_rise_and_respect_floor_and_energy(model, schedule, epochs):
-    start = model.ranks()
+    first, start = model, model.ranks()
     try:
         check_schedule(schedule, epochs, model)
     except StiefelError:
@@ -67,9 +70,22 @@ def test_ranks_never_rise_and_respect_floor_and_energy(model, schedule, epochs):
             assert 1 <= ranks[name] <= layer.rank
             assert ranks[name] >= min(layer.rank, schedule.floor)
             if schedule.energy:
-                kept = layer.energies[: ranks[name]].sum() / layer.energies.sum()
-                assert kept >= schedule.energy - 1e-9
+                energies = first.layers[name].energies
+                assert energies[: ranks[name]].sum() >= (schedule.energy - 1e-9) * energies.sum()
         model = cut(model, ranks)
+
+
+@given(models, st.floats(0.05, 1), st.sampled_from(["final", "energy"]), st.integers(4, 20))
+def test_falls_in_parts_keep_as_much_energy_as_one(model, share, key, epochs):
+    value = f"energy={share}" if key == "final" else share
+    schedule = RankSchedule(**{key: value}, floor=1)
+    first, start = model, model.ranks()
+    for epoch in falls(schedule, epochs):
+        model = cut(model, lowered(schedule, epoch, epochs, model, start))
+    for name, layer in first.layers.items():
+        # A direction at the very limit may be kept or not, by rounding.
+        assert layer.energy_rank(share - 1e-9) <= model.layers[name].rank
+        assert model.layers[name].rank <= layer.energy_rank(min(1, share + 1e-9))
 
 
 @given(models, st.floats(0.05, 1))
