@@ -3,16 +3,15 @@
 Small networks leave a GPU idle while Python launches their kernels, the local rules' most of all.
 """
 
-import random
 from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from converter.errors import StiefelError, first_line
+from trainers.randomness import host_state
 from trainers.rules import RuleSettings, StepResult
 
 WARM_UP = 3
@@ -104,9 +103,7 @@ class Recorded:
 
     def _host_state(self) -> tuple[Any, ...]:
         """What changes when numbers are drawn on the host, or watched tensors replaced."""
-        _, keys, place, *_ = np.random.get_state()
-        numbers = random.getstate(), torch.get_rng_state().numpy().tobytes(), keys.tobytes(), place
-        return *numbers, [(id(tensor), tensor.data_ptr()) for tensor in self._watched()]
+        return host_state(), [(id(tensor), tensor.data_ptr()) for tensor in self._watched()]
 
 
 class RecordedStep:

@@ -1,11 +1,12 @@
 """Running a network for a look at it: afterwards it is as it was."""
 
-import random
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
+
+from trainers.randomness import host_state, restore_host_state
 
 
 @contextmanager
@@ -31,12 +32,12 @@ def undisturbed(*networks: nn.Module, but: Collection[nn.Module] = ()) -> Iterat
     buffers = [(m, name, b) for m in modules for name, b in m.named_buffers(recurse=False)]
     before = [buffer.clone() for _, _, buffer in buffers]
     devices = {p.device for n in networks for p in n.parameters() if p.device.type == "cuda"}
-    numbers = random.getstate()
+    numbers = host_state()
     with torch.random.fork_rng(devices):
         try:
             yield
         finally:
-            random.setstate(numbers)
+            restore_host_state(numbers)
             with torch.no_grad():
                 for (module, name, buffer), value in zip(buffers, before, strict=True):
                     buffer.copy_(value)

@@ -55,7 +55,8 @@ def train_local(
         model: factored, or dense for the rules that need no factors.
         data: images that fit the model.
         rule: SSA by default.
-        teacher: the dense original, for local distillation; it is put in eval mode and frozen.
+        teacher: the dense original, for local distillation; it is put in eval mode and frozen, and
+            comes back to its device likewise.
         out: folder for `log.jsonl`, `diagnostics.jsonl`, `last.safetensors`, `best.safetensors` and
             `state.pt`; without one nothing is kept but the model itself.
         resume: go on with the run in `out`, with what it began with; its weights replace the
@@ -70,7 +71,8 @@ def train_local(
     """
     rule, settings = rule or SSA(), settings or TrainSettings()
     device = resolve_device(settings.device)
-    home = next(iter(model.parameters()), torch.empty(0)).device
+    networks = [network for network in (model, teacher) if network is not None]
+    homes = [next(iter(network.parameters()), torch.empty(0)).device for network in networks]
     modes = [(module, module.training) for module in model.modules()]
     try:
         with ExitStack() as stack:
@@ -90,7 +92,8 @@ def train_local(
             return training.run(stop)
     finally:
         model.zero_grad()
-        model.to(home, memory_format=torch.contiguous_format)
+        for network, home in zip(networks, homes, strict=True):
+            network.to(home, memory_format=torch.contiguous_format)
         for module, mode in modes:
             module.training = mode
 

@@ -2,12 +2,15 @@
 
 import json
 import os
+import random
 import signal
+from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
-from torch.utils.data import Subset
+from torch.utils.data import Dataset, Subset
 
 from converter.checkpoints import load_factored
 from converter.errors import StiefelError
@@ -130,6 +133,31 @@ def test_a_resumed_run_equals_an_uninterrupted_one(run, place, uninterrupted, da
     whole = uninterrupted(run)
     assert_same(whole, torch.load(tmp_path / "state.pt", weights_only=True))
     assert_same(dict(model.state_dict()), dict(whole["network"]))
+
+
+class Flickering(Dataset):
+    """Images that are brighter or darker each time, by numbers of Python's and of numpy's."""
+
+    def __init__(self, held: Dataset) -> None:
+        self.held = held
+
+    def __len__(self) -> int:
+        return len(self.held)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        image, label = self.held[index]
+        return image + random.random() + np.random.rand(), label
+
+
+def test_what_a_data_set_draws_goes_on_as_well(data, tmp_path):
+    found, flickering = [], replace(data, train=Flickering(data.train))
+    for name, progress in [("whole", None), ("halved", InterruptAt(2, 3))]:
+        rest = {"settings": settings(), "out": tmp_path / name}
+        if train_local(network(), flickering, progress=progress, **rest).interrupted:
+            random.random(), np.random.rand()
+            train_local(network(), flickering, resume=True, **rest)
+        found.append(torch.load(tmp_path / name / "state.pt", weights_only=True))
+    assert_same(*found)
 
 
 def test_a_run_that_was_killed_goes_on_from_its_last_epoch(uninterrupted, data, tmp_path):

@@ -3,6 +3,7 @@
 import copy
 import random
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -73,8 +74,14 @@ def around(inner: nn.Module) -> nn.Sequential:
 
 @pytest.mark.parametrize(
     "inner",
-    [Branching(), LayerDrop(lambda: torch.rand(1).item()), LayerDrop(random.random), Centred()],
-    ids=["branching", "torch's numbers", "Python's numbers", "buffers"],
+    [
+        Branching(),
+        LayerDrop(lambda: torch.rand(1).item()),
+        LayerDrop(random.random),
+        LayerDrop(np.random.random),
+        Centred(),
+    ],
+    ids=["branching", "torch's numbers", "Python's numbers", "numpy's numbers", "buffers"],
 )
 def test_a_submodule_that_a_graph_cannot_tell_is_taken_whole(inner, images):
     cuts = cut(around(inner).train(), images, LAYERS)
@@ -212,7 +219,11 @@ def test_a_layer_whose_result_is_not_read_makes_no_block(boundaries, images):
     assert "aside" not in [layer for block in cuts.blocks for layer in block.layers]
 
 
-@pytest.mark.parametrize("inner", [LayerDrop(random.random), Centred()], ids=["numbers", "buffers"])
+@pytest.mark.parametrize(
+    "inner",
+    [LayerDrop(random.random), Centred(), nn.InstanceNorm2d(8, track_running_stats=True)],
+    ids=["numbers", "buffers", "instance norm"],
+)
 def test_recomputed_blocks_draw_and_keep_what_stored_ones_do(inner, images, labels):
     network, found = around(inner), []
     for storage in ("stored", "recomputed"):

@@ -17,6 +17,7 @@ from trainers.data import Data, load_data
 from trainers.evaluate import evaluate
 from trainers.manifold import SMALLEST_S, Manifold
 from trainers.optim import build_optimizer, learning_rate, split_parameters
+from trainers.randomness import host_state
 from trainers.rank_schedule import RankSchedule
 from trainers.rules import BP, DFA, SSA
 from trainers.trainer import TrainSettings, train_local
@@ -213,10 +214,18 @@ def test_the_model_keeps_its_modes_and_the_caller_his_random_state(data):
     model = network().train()
     model[1].eval()
     modes = [m.training for m in model.modules()]
-    before = torch.get_rng_state()
+    before = host_state()
     train_local(model, data, settings=settings(epochs=1))
     assert [m.training for m in model.modules()] == modes
-    assert torch.equal(torch.get_rng_state(), before)
+    assert host_state() == before
+
+
+def test_model_and_teacher_come_back_laid_out_as_they_were(data):
+    model, teacher = network(), network(factored=False)
+    train_local(
+        model, data, settings=settings(epochs=1, memory_format="channels_last"), teacher=teacher
+    )
+    assert all(p.is_contiguous() for one in (model, teacher) for p in one.parameters())
 
 
 def test_progress_tells_loss_accuracy_rank_speed_and_time_left(data):

@@ -1,6 +1,5 @@
 """A network as a `torch.fx` graph, with what each node yields on an example."""
 
-import random
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ from converter.attention import FactoredAttention
 from converter.errors import StiefelError, first_line
 from converter.factors import Factored, FactoredWeight
 from trainers.looking import in_mode, undisturbed
+from trainers.randomness import host_state
 
 ATTENTION = (nn.MultiheadAttention, FactoredAttention)
 # Taken whole; norms and dropout, and what derives from them, so that they follow their mode.
@@ -142,7 +142,7 @@ class _Tracer(fx.Tracer):
 def _kept_by(module: nn.Module) -> tuple[Any, ...]:
     """What a forward changes that draws at random, or keeps something of its batch in a buffer."""
     buffers = [(id(buffer), buffer._version) for buffer in module.buffers()]
-    return torch.get_rng_state().numpy().tobytes(), random.getstate(), buffers
+    return host_state(), buffers
 
 
 def _check_pure(module: nn.Module, before: tuple[Any, ...]) -> None:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from trainers.cuts import Cuts
 from trainers.looking import undisturbed
@@ -71,7 +71,8 @@ def _statistics_untouched(network: nn.Module) -> Iterator[set[nn.Module]]:
 
     Copies of the running ones, as for what others keep, would cost three kernels a norm and step.
     """
-    norms = {m for m in network.modules() if isinstance(m, _NormBase)}
+    # Instance norms write to the running ones even so.
+    norms = {m for m in network.modules() if isinstance(m, _BatchNorm)}
     tracked = [norm for norm in norms if norm.training and norm.track_running_stats]
     for norm in tracked:
         norm.track_running_stats = False
