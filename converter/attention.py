@@ -32,7 +32,6 @@ class FactoredAttention(nn.Module):
         self.out_proj = out_proj
         self.embed_dim = out_proj.out_features
         self.num_heads = num_heads
-        self.head_dim = self.embed_dim // num_heads
         self.dropout = dropout
         self.batch_first = batch_first
 

@@ -164,14 +164,6 @@ def load_any(
     )
 
 
-def is_factored(path: str | Path) -> bool:
-    """Whether the file is a checkpoint of ours with factored layers; False if it can't be read."""
-    try:
-        return bool(read_metadata(path)["layers"])
-    except StiefelError:
-        return False
-
-
 def read_metadata(path: str | Path) -> dict[str, Any]:
     """The header of our checkpoint, parsed: format, version, model, layers, history, aliases, plan.
 

@@ -77,16 +77,6 @@ def layer_calls(model: nn.Module, example: Tensor, images: int = 1) -> dict[str,
     return calls
 
 
-def layer_io(
-    model: nn.Module, example: Tensor
-) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
-    """(input shape, output shape) of each layer's first use; see :func:`layer_calls`."""
-    return {
-        name: (calls[0].input_shape, calls[0].output_shape)
-        for name, calls in layer_calls(model, example).items()
-    }
-
-
 def dense_macs(weight_shape: Sequence[int], calls: Sequence[Call]) -> int:
     """Multiply-accumulates of a dense layer with weight (N, C/G, *K)."""
     return sum(_size(weight_shape) * _positions(weight_shape, call) for call in calls)

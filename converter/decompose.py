@@ -213,39 +213,6 @@ def _wave(values: Tensor) -> float:
     return float(values @ torch.arange(len(values), dtype=values.dtype, device=values.device).cos())
 
 
-def truncated(W: Tensor, rank: int) -> Factors:
-    """The best rank-`rank` approximation of W (m, n) or (G, m, n) in the Frobenius norm."""
-    _check(W, rank)
-    return _exact_spectrum(W.to(_working(W.dtype))).factors(W, rank)
-
-
-def randomised(W: Tensor, rank: int, generator: torch.Generator | None = None) -> Factors:
-    """A near-best rank-`rank` approximation of W, in time proportional to m·n·rank."""
-    _check(W, rank)
-    found = _randomised_spectrum(W.to(_working(W.dtype)), rank, generator)
-    return found.factors(W, rank)
-
-
-def whitened(W: Tensor, second_moment: Tensor, rank: int) -> Factors:
-    """The best rank-`rank` W_r in the norm ‖(W − W_r) C^{1/2}‖_F for C (n, n): U_r U_rᵀ W.
-
-    U_r are the leading left singular vectors of W C^{1/2}; no inverse of C is needed.
-    """
-    _check(W, rank)
-    return _whitened_spectrum(W.to(_working(W.dtype)), second_moment).factors(W, rank)
-
-
-def singular_values(W: Tensor, second_moment: Tensor | None = None) -> Tensor:
-    """All singular values of W, or of W C^{1/2}, descending, float64 (k,) or (G, k)."""
-    _check(W, 1)
-    if second_moment is not None:
-        return _whitened_spectrum(W.to(_working(W.dtype)), second_moment).values
-    if W.dtype == torch.float64:
-        return torch.linalg.svdvals(W)
-    short = _short(W).double()
-    return torch.linalg.eigvalsh(short @ short.mT).clamp(min=0).sqrt().flip(-1)
-
-
 def square_root(second_moment: Tensor) -> Tensor:
     """A symmetric C^{1/2} of a positive semidefinite C (n, n), float64; rounding below 0 is 0."""
     values, vectors = torch.linalg.eigh(second_moment.double())

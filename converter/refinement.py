@@ -22,7 +22,7 @@ from converter.calibration import Calibration, Progress, batch_size, check_image
 from converter.cost import inference
 from converter.decompose import decompose
 from converter.errors import StiefelError
-from converter.factors import Factored, factored_layers
+from converter.factors import Factored, FactoredConv1d, factored_layers
 
 UNIT_LAYERS = 6  # the most layers that are compared as one
 _WEIGHTY = (Factored, nn.Linear, nn.modules.conv._ConvNd)
@@ -183,8 +183,9 @@ def _scales(dense: nn.Module, wanted: _Watch, images: Tensor) -> dict[str, Tenso
         for x in images.split(batch_size(images)):
             dense(x)
             for name, value in wanted.values.items():
-                axes = [axis for axis in range(value.ndim) if axis != _channel_axis(value)]
-                count = value.numel() / value.shape[_channel_axis(value)]
+                channels = _channel_axis(dense.get_submodule(name), value)
+                axes = [axis for axis in range(value.ndim) if axis != channels]
+                count = value.numel() / value.shape[channels]
                 wide = value.double()
                 part = [wide.sum(axes, True), wide.square().sum(axes, True)]
                 part.append(torch.full_like(part[0], count))
@@ -198,9 +199,12 @@ def _scales(dense: nn.Module, wanted: _Watch, images: Tensor) -> dict[str, Tenso
     return scales
 
 
-def _channel_axis(value: Tensor) -> int:
-    """Maps have their channels second, tokens and vectors last."""
-    return 1 if value.ndim == 4 else value.ndim - 1
+def _channel_axis(unit: nn.Module, value: Tensor) -> int:
+    """Maps and sequences have their channels second, tokens and vectors last."""
+    sequence = value.ndim == 3 and any(
+        isinstance(m, nn.Conv1d | FactoredConv1d) for m in unit.modules()
+    )
+    return 1 if value.ndim == 4 or sequence else value.ndim - 1
 
 
 @contextmanager

@@ -27,6 +27,11 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | FactoredLinear)
 
 
+def channel_axis(module: nn.Module) -> int:
+    """Of the layer's output: maps and sequences have their channels second, tokens last."""
+    return -1 if is_linear(module) else 1
+
+
 def places(module: nn.Module, output: Tensor, images: int) -> int:
     """Output positions of one image: pixels of a map, or tokens."""
     if is_linear(module):

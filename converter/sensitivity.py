@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from converter.calibration import Calibration, batch_size, fit_to
 from converter.cost import inference
 from converter.layers import Layer
+from converter.sampling import channel_axis
 
 IMAGES = 256  # enough for one figure a layer
 _BATCH = 32  # at most
@@ -40,9 +41,10 @@ def sensitivities(
     model.to(device)
     outputs: dict[str, Tensor] = {}
     handles = [layer.module.register_forward_hook(_keep(outputs, layer.name)) for layer in layers]
+    axes = {layer.name: channel_axis(layer.module) for layer in layers}
     try:
         with inference(model), torch.enable_grad():
-            totals = _totals(model, images[:IMAGES], outputs)
+            totals = _totals(model, images[:IMAGES], outputs, axes)
     finally:
         for handle in handles:
             handle.remove()
@@ -56,7 +58,7 @@ def sensitivities(
 
 
 def _totals(
-    model: nn.Module, images: Tensor, outputs: dict[str, Tensor]
+    model: nn.Module, images: Tensor, outputs: dict[str, Tensor], axes: dict[str, int]
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Per layer Σ over images of (Σ over positions of g², mean over positions of y²), (C,) each."""
     generator = torch.Generator().manual_seed(0)
@@ -76,10 +78,10 @@ def _totals(
         for name, g in zip(names, gradients, strict=True):
             if g is None:
                 continue
-            y = outputs[name].detach()
-            places = y.numel() / len(x) / y.shape[_channels(y)]
-            before = totals.get(name, (0, 0))
-            totals[name] = before[0] + _by_channel(g), before[1] + _by_channel(y) / places
+            y, axis = outputs[name].detach(), axes[name]
+            places = y.numel() / len(x) / y.shape[axis]
+            f, e = totals.get(name, (0, 0))
+            totals[name] = f + _by_channel(g, axis), e + _by_channel(y, axis) / places
     return totals
 
 
@@ -90,10 +92,5 @@ def _keep(outputs: dict[str, Tensor], name: str):
     return hook
 
 
-def _channels(y: Tensor) -> int:
-    """Maps (N, C, H, W) have their channels second, tokens and vectors last."""
-    return 1 if y.ndim == 4 else y.ndim - 1
-
-
-def _by_channel(y: Tensor) -> Tensor:
-    return y.double().square().transpose(0, _channels(y)).flatten(1).sum(1)
+def _by_channel(y: Tensor, axis: int) -> Tensor:
+    return y.double().square().transpose(0, axis).flatten(1).sum(1)

@@ -52,10 +52,6 @@ class BenchReport(Settings):
     ceilings: tuple[dict[str, Any], ...] = Field(description="measured limits of each device")
     environment: dict[str, Any]
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain data with stable keys."""
-        return self.model_dump(mode="json")
-
     def markdown(self) -> str:
         """The rows with their speed-ups, the ceilings, and where it was measured."""
         ratios = {(r.model, *_place(r)): r for r in self.ratios}

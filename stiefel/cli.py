@@ -29,7 +29,6 @@ from stiefel.inputs import (
     data_options,
     data_section,
     device_option,
-    is_main_process,
     json_option,
     model_options,
     model_section,
@@ -57,6 +56,7 @@ from stiefel.run_folder import STATE, default_folder, resume_command
 from trainers.cuts import CutSettings, describe_cuts
 from trainers.data import images
 from trainers.device import resolve_device
+from trainers.distributed import is_main_process
 from trainers.evaluate import evaluate
 from trainers.rules import BP, DFA, SSA
 from trainers.trainer import TrainSettings, train_local

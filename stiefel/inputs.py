@@ -1,7 +1,6 @@
 """The command-line options that several commands share: which model, which images, where to."""
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +13,7 @@ from stiefel.options import collect, given, settings_options
 from stiefel.plots import ENDINGS
 from stiefel.recipe import DataSection, ModelSection
 from stiefel.tables import plain
+from trainers.distributed import is_main_process
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 FILE = click.Path(path_type=Path)
@@ -122,11 +122,6 @@ def write_json(path: Path | None, result: Any) -> None:
     """Write a result for machines, where a file was named for it."""
     if path is not None and is_main_process():
         write_text(path, json.dumps(plain(result), indent=2) + "\n")
-
-
-def is_main_process() -> bool:
-    """Under torchrun every process runs the command; one of them writes."""
-    return int(os.environ.get("RANK", 0)) == 0
 
 
 def _words(model: type[ModelSection] | type[DataSection], field: str) -> str:

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from converter.files import write_text
 from stiefel.plots import draw_comparison, draw_diagnostics, draw_training
+from stiefel.tables import bytes_text
 
 Report = Mapping[str, Any]
 STAGES = {"dense": "dense", "converted": "converted", "trained": "trained locally"}
@@ -52,7 +53,7 @@ def rows(report: Report) -> Iterator[Row]:
     yield from row("accuracy, test", "accuracy", lambda v: f"{100 * v:.2f} %")
     yield from row("parameters", "parameters", _count)
     yield from row("multiply-adds an image", "macs", _count)
-    yield from row("file size", "file_size_bytes", _bytes)
+    yield from row("file size", "file_size_bytes", bytes_text)
     yield from row("memory of activations in training", "activation_memory_mib", _mebibytes)
     for key, times in _latencies(report).items():
         values = tuple(_milliseconds(times.get(stage)) for stage in present)
@@ -183,10 +184,6 @@ def _count(value: float) -> str:
         if value >= size:
             return f"{value / size:.2f} {unit}"
     return f"{value:,.0f}"
-
-
-def _bytes(value: float) -> str:
-    return f"{value / 2**20:.2f} MiB" if value >= 2**20 else f"{value / 2**10:.1f} KiB"
 
 
 def _mebibytes(value: float) -> str:

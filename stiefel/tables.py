@@ -187,7 +187,7 @@ def export_line(result: ExportResult) -> str:
     folded = f", {len(result.folded)} batch norms folded" if result.folded else ""
     what = {"layers": "values inside the network", "tensors": "numbers of its tensors"}
     return (
-        f"Wrote {result.path} ({_bytes(result.file_size_bytes)}, {result.precision}): "
+        f"Wrote {result.path} ({bytes_text(result.file_size_bytes)}, {result.precision}): "
         f"{len(result.ranks)} factored layers{merged}{folded}. Largest difference from torch: "
         f"{result.max_abs_error:.1e} over {result.outputs_compared:,} "
         f"{what.get(result.compared, result.compared)}."
@@ -212,10 +212,11 @@ def read_plan(path: Path) -> RankPlan:
 
 def file_size(path: Path) -> str:
     """The size of a file, in KiB or MiB."""
-    return _bytes(path.stat().st_size)
+    return bytes_text(path.stat().st_size)
 
 
-def _bytes(size: int) -> str:
+def bytes_text(size: float) -> str:
+    """A number of bytes in KiB or MiB."""
     return f"{size / 2**20:.2f} MiB" if size >= 2**20 else f"{size / 2**10:.1f} KiB"
 
 

@@ -95,7 +95,7 @@ class World:
 
 
 def is_main_process() -> bool:
-    """Whether this process is the one that writes, before training and after it too."""
+    """Whether this process is the one of torchrun's that writes, before training and after too."""
     return int(os.environ.get("RANK", 0)) == 0
 
 

@@ -385,6 +385,22 @@ def test_budgets_spare_the_layers_that_the_output_minds(images):
     assert sensitivities(net, images, layers, OFF, CPU) == {}
 
 
+def test_sequences_are_minded_as_maps_one_pixel_high():
+    torch.manual_seed(0)
+    short = nn.Sequential(nn.Conv1d(3, 6, 3), nn.ReLU(), nn.Conv1d(6, 4, 3), nn.Flatten())
+    short.append(nn.Linear(24, 5))
+    flat = nn.Sequential(nn.Conv2d(3, 6, (1, 3)), nn.ReLU(), nn.Conv2d(6, 4, (1, 3)), nn.Flatten())
+    flat.append(nn.Linear(24, 5))
+    for one, other in zip(short.parameters(), flat.parameters(), strict=True):
+        other.data = one.data.reshape(other.shape)
+    x, settings = torch.randn(16, 3, 10), Calibration(sensitivity=1.0)
+    found = [
+        sensitivities(net.eval(), images, find_layers(net), settings, CPU)
+        for net, images in ((short, x), (flat, x.unsqueeze(2)))
+    ]
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
 def test_tied_and_factored_layers_are_passed_over(images):
     net = residual_net(norm=False).eval()
     net[2].a.weight = net[1].a.weight

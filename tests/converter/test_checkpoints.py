@@ -16,7 +16,6 @@ from torch.nn.utils import parametrizations
 
 from converter import checkpoints, header
 from converter.checkpoints import (
-    is_factored,
     load_any,
     load_factored,
     read_metadata,
@@ -162,7 +161,6 @@ def test_a_dense_model_comes_back_exactly_and_is_not_called_factored(tmp_path, n
         model = load(f"{nets}:{name}", input=INPUT)
         save_dense(model, tmp_path / "d.safetensors")
         assert_same(model, load_any(tmp_path / "d.safetensors"))
-        assert not is_factored(tmp_path / "d.safetensors")
 
 
 def test_a_dense_file_may_not_hold_factored_layers(tmp_path):
@@ -236,7 +234,6 @@ def test_the_header_tells_what_the_format_promises(saved):
         assert tensors[f"{name}.U"].shape[-1] == record["rank"]
     assert layers["features.3"]["scheme"] == "spatial"
     assert layers["features.3"]["shape"] == [64, 32, 3, 3]
-    assert is_factored(saved)
     assert read_metadata(saved)["layers"] == {
         name: record | {"groups": 1} for name, record in layers.items()
     }
@@ -300,7 +297,6 @@ def test_load_any_says_what_it_cannot_load(tmp_path):
 def test_a_newer_format_is_refused(saved):
     newer = rewritten(saved, lambda _, metadata: metadata.update(version="2"))
     assert "newer stiefel (format 2" in refusal(newer)
-    assert not is_factored(newer)
 
 
 @pytest.mark.parametrize(
@@ -354,7 +350,6 @@ def test_a_file_cut_anywhere_is_one_clear_line(tmp_path_factory, saved, part):
     path = tmp_path_factory.mktemp("cut") / "s.safetensors"
     path.write_bytes(saved.read_bytes()[: int(saved.stat().st_size * part)])
     assert "fetch it again" in refusal(path)
-    assert not is_factored(path)
 
 
 def test_a_stranger_s_factory_is_not_run(saved):

@@ -128,7 +128,7 @@ def test_rows_hold_what_was_measured(monkeypatch):
 
 def test_the_report_is_plain_json_and_a_markdown_table(monkeypatch):
     report = Bench({"dense": 2e-3, "small": 1e-3}).run(monkeypatch, batches=[1, 4])
-    again = module.BenchReport(**json.loads(json.dumps(report.as_dict())))
+    again = module.BenchReport(**json.loads(report.model_dump_json()))
     assert again == report
     table = [line for line in report.markdown().splitlines() if line.startswith("|")]
     assert len(table) == 2 + 4
