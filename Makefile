@@ -50,7 +50,7 @@ bench-gpu: $(INSTALLED)
 	$(BIN)/python -m benchmarks.training_cost --device cuda --precision bf16 --out $(BENCH_OUT)/training-cost-cuda.json
 	$(BIN)/python -m benchmarks.inference --devices cuda --out $(BENCH_OUT)/inference-cuda.json
 ifdef CIFAR
-	$(BIN)/python -m benchmarks.training --scale full --device cuda --precision bf16 --data imagefolder:$(CIFAR) --out $(BENCH_OUT)/training-full.json
+	$(BIN)/python -m benchmarks.training --scale full --device cuda --precision bf16 --jobs 6 --data imagefolder:$(CIFAR) --out $(BENCH_OUT)/training-full.json
 endif
 
 lint: $(INSTALLED)

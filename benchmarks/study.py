@@ -1,11 +1,13 @@
 """What every benchmark shares: rows kept as they are measured, so that a run can be resumed."""
 
 import json
+import multiprocessing
 import os
 import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -22,6 +24,7 @@ from trainers.history import History
 
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
+Work = Callable[[], Mapping[str, Any]]
 
 
 class Study:
@@ -50,18 +53,43 @@ class Study:
         """Drop the rows for `asked`; the file keeps them until others are measured."""
         self.rows = [row for row in self.rows if not asked.items() <= row.items()]
 
-    def measure(self, asked: Mapping[str, Any], work: Callable[[], Mapping[str, Any]]) -> Row:
+    def measure(self, asked: Mapping[str, Any], work: Work) -> Row:
         """The row for `asked`: kept from before, or measured now and kept."""
         if known := self.find(**asked):
             return known[0]
-        print(", ".join(f"{key} {value}" for key, value in asked.items()), end=": ", flush=True)
-        start = time.perf_counter()
-        found = work()
-        row = {**asked, **found, "seconds": round(time.perf_counter() - start, 1)}
-        print(", ".join(f"{k} {_short(v)}" for k, v in found.items() if _short(v)), flush=True)
-        self.rows.append(row)
+        print(_words(asked), end=": ", flush=True)
+        found = _timed(work)
+        print(_words(found), flush=True)
+        return self._keep(asked, found)
+
+    def measure_all(self, tasks: Iterable[tuple[Row, Work]], jobs: int = 1) -> None:
+        """Measure everything asked for, `jobs` at a time, each in a process of its own.
+
+        What they are then told to take, time above all, is in each other's company.
+        """
+        if jobs == 1:
+            for asked, work in tasks:
+                self.measure(asked, work)
+            return
+        threads = max(1, (os.cpu_count() or 1) // jobs)
+        torch.set_num_threads(threads)  # here too, for the environment told in the file
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (threads,)) as pool:
+            running = {
+                pool.submit(_timed, work): asked for asked, work in tasks if not self.find(**asked)
+            }
+            try:
+                for done in as_completed(running):
+                    print(f"{_words(running[done])}: {_words(done.result())}", flush=True)
+                    self._keep(running[done], done.result())
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _keep(self, asked: Mapping[str, Any], found: Row) -> Row:
+        self.rows.append({**asked, **found})
         self.save()
-        return row
+        return self.rows[-1]
 
     def save(self) -> None:
         """Write everything measured so far, with where it was measured last."""
@@ -132,6 +160,15 @@ def real_data(data: str | None) -> Path:
     if not folder.is_dir():
         raise StiefelError(f"no folder {folder}: name the data's with --data or STIEFEL_DATA")
     return folder
+
+
+def _timed(work: Work) -> Row:
+    start = time.perf_counter()
+    return {**work(), "seconds": round(time.perf_counter() - start, 1)}
+
+
+def _words(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {_short(value)}" for key, value in values.items() if _short(value))
 
 
 def _short(value: Any) -> str:

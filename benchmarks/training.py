@@ -151,9 +151,10 @@ ABLATION = {
 )
 @click.option("--device", default="auto", show_default=True)
 @click.option("--precision", default="fp32", show_default=True)
+@click.option("--jobs", default=1, show_default=True, help="trainings at a time")
 @click.option("--out", type=click.Path(path_type=Path), help="the JSON file of the rows")
 def main(
-    kind, scale, networks, methods, epochs, batch, seeds, select, data, device, precision, out
+    kind, scale, networks, methods, epochs, batch, seeds, select, data, device, precision, jobs, out
 ) -> None:
     size = replace(SCALES[scale], epochs=epochs or SCALES[scale].epochs)
     name = f"training-{kind}-{scale}" + ("-selection" if select else "")
@@ -169,6 +170,7 @@ def main(
     study = Study(out or RESULTS / f"{name}.json", about, device)
     rows = TABLE if kind == "comparison" else {"defaults": TABLE["SSA, layer-wise"], **ABLATION}
     asked_for = matching(rows, methods)
+    tasks = []
     for seed in range(1 if select else seeds):
         for network in networks or size.networks:
             for label in asked_for:
@@ -179,7 +181,8 @@ def main(
                     settings = TrainSettings(**plain | method.settings)
                     asked = {"network": network, "method": label, "lr": lr, "seed": seed}
                     rest = (method, settings, size, data, select)
-                    study.measure(asked, partial(_trained, network, *rest))
+                    tasks.append((asked, partial(_trained, network, *rest)))
+    study.measure_all(tasks, jobs)
     table = _table(study)
     print(table)
     write_text(study.path.with_suffix(".md"), table)

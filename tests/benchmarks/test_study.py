@@ -1,4 +1,6 @@
 import json
+import os
+from functools import partial
 
 import pytest
 import torch
@@ -32,6 +34,32 @@ def test_what_was_measured_is_not_measured_again_after_an_interruption(tmp_path)
     assert [row["accuracy"] for row in kept["rows"]] == [0.0, 10.0, 30.0]
     assert kept["environment"]["torch"]
     assert again.find(seed=3)[0]["accuracy"] == 30.0
+
+
+def square(number):
+    if number == 3:
+        raise StiefelError("three is refused")
+    return {"square": number**2, "process": os.getpid()}
+
+
+def tasks(*numbers):
+    return [({"number": number}, partial(square, number)) for number in numbers]
+
+
+def test_several_at_a_time_are_the_same_rows_and_those_before_an_error_are_kept(tmp_path):
+    study = Study(tmp_path / "s.json", ABOUT)
+    study.measure({"number": 1}, lambda: {"square": "kept"})
+    threads = torch.get_num_threads()
+    try:
+        study.measure_all(tasks(1, 2, 4), jobs=2)
+        with pytest.raises(StiefelError, match="three is refused"):
+            study.measure_all(tasks(2, 3), jobs=2)
+    finally:
+        torch.set_num_threads(threads)
+    rows = {row["number"]: row for row in Study(tmp_path / "s.json", ABOUT).rows}
+    assert {number: row["square"] for number, row in rows.items()} == {1: "kept", 2: 4, 4: 16}
+    assert os.getpid() not in (rows[2]["process"], rows[4]["process"])
+    assert rows[2]["seconds"] >= 0
 
 
 def test_what_is_to_be_measured_again_stays_on_disk_until_it_is(tmp_path):
