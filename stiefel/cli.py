@@ -26,6 +26,7 @@ from stiefel.inputs import (
     NEW_FILE,
     NEW_PLOT,
     check_apart,
+    check_outside,
     data_options,
     data_section,
     device_option,
@@ -181,7 +182,7 @@ def convert(**values: Any) -> None:
 @click.option("--teacher", type=FILE, help="checkpoint of the dense original, for distillation")
 @settings_options(TrainSettings, SSA, DFA, BP)
 @click.option("--resume", is_flag=True, help="go on with an interrupted training in --out")
-@click.option("--out", type=FILE, help="folder for log and checkpoints  [default: OUTPUT's stem]")
+@click.option("--out", type=FILE, help="folder for log and checkpoints  [default: OUTPUT as .run]")
 @click.option(
     "--output", "-o", type=NEW_CHECKPOINT, required=True, help="the trained checkpoint to write"
 )
@@ -189,16 +190,20 @@ def convert(**values: Any) -> None:
 def train_command(path: Path, rule: str, **values: Any) -> None:
     """Train a factored model with local, SVD-structured feedback."""
     check_apart(values["output"], path)
+    output = values["output"]
+    out = values["out"] or output.with_suffix(".run")
+    for source in () if values["resume"] else (path, values["teacher"]):
+        check_outside(out, source)
     model = load_any(path)
     settings = collect(TrainSettings, values)
     chosen = collect(RULES[rule], values)
     own = given(RULES[rule], values)
     if unused := [o for other in RULES.values() for o in given(other, values) if o not in own]:
         raise click.UsageError(f"{unused[0]} is not for --rule {rule}")
+    if values["teacher"] and rule != "ssa":
+        raise click.UsageError(f"--teacher is not for --rule {rule}")
     data = open_data(data_section(values), model, seed=settings.seed)
     teacher = values["teacher"] and load_teacher(values["teacher"], model, console.note)
-    output = values["output"]
-    out = values["out"] or output.with_suffix(".run")
     with console.training("train") as progress:
         history = train_local(
             model,

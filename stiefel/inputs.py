@@ -106,6 +106,18 @@ def check_apart(output: Path | None, source: Path | None) -> None:
         raise click.UsageError(f"-o {output} is the checkpoint that is read: name another file")
 
 
+def check_outside(folder: Path, source: Path | None) -> None:
+    """Refuse a folder for a new run's checkpoints that holds the one that is read.
+
+    Raises:
+        click.UsageError: it does.
+    """
+    if source is not None and folder.resolve() in source.resolve().parents:
+        raise click.UsageError(
+            f"{source} lies in {folder}, which this run would write anew: name another --out"
+        )
+
+
 def data_options(*without: str) -> Callable[[Command], Command]:
     """What names the images; fields of the data section that are of no use here are left out."""
     source = click.option("--data", "source", required=True, help=_words(DataSection, "source"))

@@ -32,7 +32,10 @@ class TrainSettings(Settings):
         0.0, ge=0, lt=1, description="weight of the uniform distribution in the targets"
     )
     accumulate: int = Field(
-        1, ge=1, description="parts into which each batch is split, to need less memory"
+        1,
+        ge=1,
+        description="parts into which each batch is split, to need less memory; what goes by a "
+        "whole batch, as norms and similarity matching do, then goes by a part",
     )
     clip: float | None = Field(
         None, gt=0, description="largest norm of the whole gradient; none: no clipping"
@@ -67,7 +70,10 @@ class TrainSettings(Settings):
         None, ge=0, description="processes that load large images; none: as many as suit"
     )
     early_stop: int | None = Field(
-        None, ge=1, description="epochs without a better test accuracy before stopping; none: never"
+        None,
+        ge=1,
+        description="epochs without a better test accuracy before stopping, counted once ranks "
+        "fall no more; none: never",
     )
     log_every: int = Field(
         50, ge=1, description="steps between looks at the loss (each waits for the device)"

@@ -10,11 +10,12 @@ from pydantic_core import to_json
 from torch import nn
 
 from converter.checkpoints import save_factored
-from converter.errors import StiefelError
+from converter.errors import StiefelError, first_line
 from converter.factors import factored_layers
-from converter.files import atomic_path, write_text
+from converter.files import atomic_path, check_place, write_text
 from trainers.data import Data
 from trainers.manifold import tied_layers, truncate_
+from trainers.sources import KINDS
 
 FORMAT = "stiefel training state 6"
 # What may differ between a run and its continuation: nothing that changes the result on a CPU.
@@ -51,12 +52,14 @@ class RunFolder:
         """
         if self.state.exists() and not self.read()["finished"]:
             raise StiefelError(
-                f"{self.path} holds an interrupted run; resume it, or choose another folder"
+                f"{self.path} holds an interrupted run; resume it, choose another folder, or "
+                "remove this one"
             )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StiefelError(f"cannot use {self.path} for training: {error.strerror}") from error
+        check_place(self.state)
         self._others = [self.state, self.last, self.best, self.log, self.diagnostics]
 
     @property
@@ -76,18 +79,23 @@ class RunFolder:
         for path in [self.best, self.last] if best else [self.last]:
             save_factored(network, path, history=history)
         with atomic_path(self.state) as temporary:
-            torch.save({"format": FORMAT, **state}, temporary)
+            try:
+                torch.save({"format": FORMAT, **state}, temporary)
+            except RuntimeError as error:  # torch's own word for a disk that is full
+                raise StiefelError(f"cannot write {self.state}: {first_line(error)}") from error
 
     def read(self) -> dict[str, Any]:
         """The state, on the CPU.
 
         Raises:
-            StiefelError: there is none, or it is damaged.
+            StiefelError: there is none, it can't be read, or it is damaged.
         """
         if not self.state.is_file():
             raise StiefelError(f"nothing to resume: there is no {self.state}")
         try:
             state = torch.load(self.state, map_location="cpu", weights_only=True)
+        except PermissionError as error:
+            raise StiefelError(f"cannot read {self.state}: {error.strerror}") from error
         except Exception as error:  # whatever a damaged file makes the unpickler raise
             raise StiefelError(f"{self.state} is damaged; train anew in another folder") from error
         if not isinstance(state, dict) or state.get("format") != FORMAT:
@@ -106,10 +114,12 @@ def check_same(kept: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> N
     Raises:
         StiefelError: names the first setting that differs.
     """
-    for key in sorted({*kept, *now} - _FREE):
+    # The rule's name first: another rule's settings differ anyway.
+    for key in sorted({*kept, *now} - _FREE, key=lambda key: (key != "name", key)):
         if kept.get(key) != now.get(key):
+            what = "rule" if key == "name" else key
             raise StiefelError(
-                f"{path} was begun with {key}={kept.get(key)}, not {now.get(key)}; "
+                f"{path} was begun with {what}={kept.get(key)}, not {now.get(key)}; "
                 "resume with the same settings, or choose another folder"
             )
 
@@ -117,12 +127,19 @@ def check_same(kept: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> N
 def materials(data: Data, teacher: nn.Module | None) -> dict[str, Any]:
     """What tells data and teacher from others that would train otherwise, as plain data."""
     return {
-        "data": data.name.partition(":")[0],  # a folder may have moved
+        "data": _without_folder(data.name),
+        "augmented": getattr(data.train, "augment", None) is not None,
         "teacher": None if teacher is None else _fingerprint(teacher),
         "images": len(data.train),
         "test_images": len(data.test),
         "classes": [str(name) for name in data.classes],
     }
+
+
+def _without_folder(data: str) -> str:
+    """The name of a kind of data, or of a factory and its file, which may have moved."""
+    kind, colon, rest = data.partition(":")
+    return kind if kind in KINDS else f"{Path(kind).name}{colon}{rest}"
 
 
 def _fingerprint(network: nn.Module) -> str:
@@ -154,6 +171,7 @@ def _described(materials: Mapping[str, Any]) -> list[str]:
     classes = materials["classes"]
     return [
         f"on {materials['data']}",
+        f"{'with' if materials['augmented'] else 'without'} augmentation",
         "with a teacher" if materials["teacher"] else "without a teacher",
         f"with the teacher of fingerprint {materials['teacher']}",
         f"with {materials['images']} training images",

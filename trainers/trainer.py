@@ -1,5 +1,6 @@
 """The training loop, whatever the rule: epochs, checkpoints, resume, metrics."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -24,7 +25,7 @@ from trainers.history import History
 from trainers.interrupt import Stop, interruptible
 from trainers.meter import Meter, Reading
 from trainers.randomness import random_state, repeatable, restore_random_state
-from trainers.rank_schedule import check_schedule, look, lowered
+from trainers.rank_schedule import check_schedule, falls, look, lowered
 from trainers.rules import SSA, RuleSettings, StepResult, make_rule
 from trainers.settings import TrainSettings
 from trainers.state import RunFolder, check_materials, check_same, materials, restore
@@ -137,7 +138,8 @@ class _Training:
             together = self.world.size if settings.batch_norm == "sync" else 1
             checks.check_batch_norm(network, self.part * together)
         model = look(network)
-        check_schedule(settings.ranks, settings.epochs, model)
+        if not resume:  # else the ranks may have fallen since
+            check_schedule(settings.ranks, settings.epochs, model)
         if settings.ranks.active:
             checks.check_ties(network)
         self.first_ranks, self.kept_energy = model.ranks(), {}
@@ -192,21 +194,38 @@ class _Training:
     def _train_epoch(self, stop: Stop) -> bool:
         """Train what is left of the epoch; False if asked to stop before its end."""
         self._set_mode()
-        start, before = time.perf_counter(), self.seconds
+        start, before, first = time.perf_counter(), self.seconds, self.step
+        due = self._next_look(pace=None)
         for parts in self._batches():
             self._train_step(parts)
             self.step += 1
             last = self.step == self.steps
             # A single process can stop at once; several agree on it whenever they look.
             stopping = stop.requested and self.world.size == 1
-            if last or stopping or self.step % self.settings.log_every == 0:
-                reading = self._read(stop)
-                self.seconds = before + time.perf_counter() - start
-                self._report(reading)
-                if reading.stop and not last:
+            if last or stopping or self.step >= due:
+                spent = time.perf_counter() - start
+                self.reading = self._read(stop, pace=spent / (self.step - first))
+                self.seconds = before + spent
+                self._report(self.reading)
+                if self.reading.stop and not last:
                     return False
-        self.reading = reading
+                due = self._next_look(self.reading.pace)
+        if first == self.steps:  # all but its evaluation was done before
+            self.reading = self._read(stop, pace=0.0)
         return True
+
+    def _next_look(self, pace: float | None) -> int:
+        """The step after which to look at the losses, as all processes reckon it.
+
+        Args:
+            pace: seconds a step; None: not known yet.
+        """
+        every = self.settings.log_every
+        due = self.step - self.step % every + every
+        if self.world.size == 1:
+            return due
+        # Whoever asks processes to stop gives them but seconds.
+        return self.step + 1 if not pace else min(due, self.step + max(1, int(_PATIENCE / pace)))
 
     def _train_step(self, parts: list[tuple[Tensor, Tensor]]) -> None:
         """One step on one batch, which comes in parts; it never waits for the device."""
@@ -271,8 +290,15 @@ class _Training:
 
     def _finish_epoch(self) -> None:
         """Evaluate, record, save."""
+        epochs = self.settings.epochs
         self.world.average_buffers_(self.network)
-        accuracy, loss = self._evaluate()
+        try:
+            accuracy, loss = self._evaluate()
+        except StiefelError as error:
+            raise StiefelError(f"{error}{self._kept_for_later()}") from error
+        if not math.isfinite(loss):
+            self._check_weights()
+            self._give_up("the test loss", loss)
         record = {
             "epoch": self.epoch,
             "loss": self.reading.loss,
@@ -290,12 +316,14 @@ class _Training:
         self.records.append(record)
         self._look(self.epoch)
         better = accuracy > self.best
-        self.best, self.stale = max(self.best, accuracy), 0 if better else self.stale + 1
+        falling = any(fall > self.epoch for fall in falls(self.settings.ranks, epochs))
+        self.stale = 0 if better or falling else self.stale + 1
+        self.best = max(self.best, accuracy)
         self.epoch, self.step, self.seconds = self.epoch + 1, 0, 0.0
         self.meter = Meter(self.world)
         self._save(best=better)
         if self.progress:
-            self.progress({**record, "epochs": self.settings.epochs, "epoch_done": True})
+            self.progress({**record, "epochs": epochs, "epoch_done": True})
 
     def _evaluate(self) -> tuple[float, float]:
         """Test accuracy (0..1) and loss, each process taking its share of the images."""
@@ -311,24 +339,38 @@ class _Training:
         correct, loss, total = world.sum_(sums).tolist()
         return correct / total, loss / total
 
-    def _read(self, stop: Stop) -> Reading:
+    def _kept_for_later(self) -> str:
+        """Save an epoch whose evaluation failed, and say so; several processes would not agree."""
+        if self.folder is None or self.world.size > 1:
+            return ""
+        self._save(best=False)
+        return f"; the epoch's training is kept in {self.folder.path}, to be resumed"
+
+    def _read(self, stop: Stop, pace: float) -> Reading:
         """Look at the losses.
 
         Raises:
             StiefelError: one of them is not finite.
         """
-        reading = self.meter.read(stop.requested)
-        if (culprit := reading.nonfinite()) is not None:
+        reading = self.meter.read(stop.requested, pace)
+        local = getattr(self.rule_settings, "error", None) == "layerwise"
+        if (culprit := reading.nonfinite(local=local)) is not None:
             self._give_up(*culprit)
         return reading
 
+    def _check_weights(self) -> None:
+        culprit = checks.name_of_nonfinite(self.network, self.state)
+        if culprit is not None:
+            self._give_up(f"parameter {culprit}", float("nan"))
+
     def _give_up(self, what: str, value: float) -> None:
-        kept = ""
+        kept, clip = "", self.settings.clip
         if self.folder is not None and self.folder.has_weights:
             kept = f"; {self.folder.last} holds the last good weights"
         raise StiefelError(
             f"{what} became {value} by step {self.step} of epoch {self.epoch}{kept}; "
-            "train with a lower lr, a longer warmup or clip"
+            f"train anew, in another folder, with a lower lr{', or' if clip else ','} a longer "
+            f"warmup{'' if clip else ' or clip'}"
         )
 
     def _report(self, reading: Reading) -> None:
@@ -353,9 +395,7 @@ class _Training:
 
     def _save(self, *, best: bool) -> None:
         """Write everything down, unless the weights are no longer finite."""
-        culprit = checks.name_of_nonfinite(self.network, self.state)
-        if culprit is not None:
-            self._give_up(f"parameter {culprit}", float("nan"))
+        self._check_weights()
         parts = {name: getattr(self, name).state_dict() for name in _PARTS}
         random = self.world.gather(random_state(self.device))
         if self.folder is None or not self.world.is_main:
@@ -417,6 +457,7 @@ class _Training:
                     module.eval()
 
 
+_PATIENCE = 5.0  # seconds between two looks of several processes at whether to stop, or a step
 _PLACE = ("epoch", "step", "seconds", "records", "looks", "best", "stale")
 _PLACE += ("first_ranks", "kept_energy")
 _PARTS = ("network", "state", "update", "meter")

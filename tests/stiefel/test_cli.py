@@ -233,6 +233,26 @@ def test_a_checkpoint_is_not_written_over_while_it_is_read(command, small, tmp_p
     assert source.read_bytes() == small.read_bytes()
 
 
+@pytest.mark.parametrize("as_teacher", [False, True])
+def test_training_does_not_begin_with_what_lies_in_its_own_folder(as_teacher, small, tmp_path):
+    held = tmp_path / "a.run" / "best.safetensors"
+    held.parent.mkdir()
+    held.write_bytes(small.read_bytes())
+    begin, rest = (small, ("--teacher", held)) if as_teacher else (held, ())
+    words = ("train-local", begin, "--data", "digits", "-o", tmp_path / "a.safetensors")
+    result = stiefel(*words, *rest)
+    assert result.exit_code == 2
+    assert f"{held} lies in {held.parent}, which this run would write anew" in result.stderr
+    assert held.read_bytes() == small.read_bytes()
+
+
+def test_a_rule_without_use_for_a_teacher_is_given_none(small, tmp_path):
+    words = ("train-local", small, "--data", "digits", "--rule", "bp", "--teacher", small)
+    result = stiefel(*words, "-o", tmp_path / "a.safetensors")
+    assert result.exit_code == 2
+    assert "--teacher is not for --rule bp" in result.stderr
+
+
 def test_training_does_not_write_over_what_it_began_with(small, tmp_path):
     source = tmp_path / "a.safetensors"
     source.write_bytes(small.read_bytes())

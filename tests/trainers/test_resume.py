@@ -213,7 +213,9 @@ def test_a_finished_run_stays_until_another_has_an_epoch_to_show(data, tmp_path)
     rest = {"settings": settings(epochs=1, diagnostics=1), "out": tmp_path}
     train_local(network(), data, **rest)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(StiefelError, match=r"became nan by step \d of epoch 1; train with a lower"):
+    with pytest.raises(
+        StiefelError, match=r"became nan by step \d of epoch 1; train anew, in another"
+    ):
         train_local(network(), data, settings=settings(lr=1e30), out=tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     train_local(network(), data, settings=settings(epochs=1), out=tmp_path)
@@ -266,7 +268,7 @@ def interrupted(data, tmp_path):
     ("model", "changes", "says"),
     [
         (lambda: network(width=32), {}, "of another architecture: 0.weight is .* in this model"),
-        (lambda: network(factored=False), {"rule": BP()}, "begun with"),
+        (lambda: network(factored=False), {"rule": BP()}, "begun with rule=ssa, not bp"),
         (network, {"settings": settings(lr=0.5)}, "begun with lr=0.002, not 0.5"),
         (network, {"rule": SSA(pool=2)}, "begun with pool=4, not 2"),
         (network, {"out": None}, "give the folder"),
@@ -283,6 +285,7 @@ def test_resuming_something_else_is_one_clear_error(interrupted, data, model, ch
 @pytest.mark.parametrize(
     ("change", "says"),
     [
+        ({"name": "a.py:made"}, "begun on digits, not on a.py:made; resume as it was begun"),
         ({"name": "fake:1x8x8"}, "begun on digits, not on fake; resume as it was begun"),
         ({"tests": 39}, "begun with 40 test images, not with 39 test images; resume as"),
         ({"teacher": False}, "begun with a teacher, not without a teacher; resume as it was begun"),
@@ -314,6 +317,64 @@ def test_resuming_with_other_data_or_without_that_teacher_is_one_clear_error(
     assert "\n" not in str(refused.value)
     assert (tmp_path / "state.pt").read_bytes() == before
     assert not go_on(resume=True).interrupted
+
+
+def test_a_run_goes_on_with_or_without_augmentation_as_it_began(interrupted):
+    plain = load_data("digits", limit_train=96, limit_test=40, augment=False)
+    with pytest.raises(StiefelError, match="begun with augmentation, not without augmentation"):
+        train_local(network(), plain, settings=settings(), out=interrupted, resume=True)
+
+
+def test_a_data_file_may_have_moved_and_no_other_factory_be_meant(data, tmp_path):
+    rest = {"settings": settings(), "out": tmp_path}
+    first = replace(data, name="/a/images.py:train")
+    train_local(network(), first, progress=InterruptAt(1, 2), **rest)
+    other = replace(data, name="/a/images.py:other")
+    with pytest.raises(StiefelError, match=r"on images.py:train, not on images.py:other; resume"):
+        train_local(network(), other, resume=True, **rest)
+    moved = replace(data, name="b/images.py:train")
+    assert not train_local(network(), moved, resume=True, **rest).interrupted
+
+
+class Torn(Dataset):
+    """Test images of which one can't be read, until it is mended."""
+
+    def __init__(self, held: Dataset) -> None:
+        self.held, self.whole = held, False
+
+    def __len__(self) -> int:
+        return len(self.held)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        if index == 17 and not self.whole:
+            raise OSError("image 17 is torn")
+        return self.held[index]
+
+
+def test_an_epoch_whose_evaluation_fails_is_kept_and_needs_no_training_again(
+    uninterrupted, data, tmp_path
+):
+    torn = Torn(data.test)
+    rest = {"rule": SSA(), "settings": settings(), "out": tmp_path}
+    with pytest.raises(StiefelError, match="image 17 is torn; the epoch's training is kept in"):
+        train_local(network(), replace(data, test=torn), **rest)
+    torn.whole, steps = True, []
+    heard = {"progress": lambda now: steps.append((now["epoch"], now.get("step")))}
+    train_local(network(), replace(data, test=torn), resume=True, **heard, **rest)
+    assert steps[:2] == [(1, None), (2, 1)]
+    assert_same(uninterrupted("ssa"), torch.load(tmp_path / "state.pt", weights_only=True))
+
+
+def test_a_disk_that_fills_up_in_the_state_is_one_clear_error(data, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise RuntimeError("[enforce fail at inline_container.cc] file write failed\nmore")
+
+    train_local(network(), data, settings=settings(epochs=1), out=tmp_path)
+    before = (tmp_path / "state.pt").read_bytes()
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(StiefelError, match=r"cannot write .*state\.pt: .*file write failed$"):
+        train_local(network(), data, settings=settings(epochs=1), out=tmp_path)
+    assert not (tmp_path / "state.pt").exists() or (tmp_path / "state.pt").read_bytes() == before
 
 
 def test_a_run_without_a_teacher_is_not_gone_on_with_one(interrupted, data):

@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,12 +15,14 @@ from converter.factors import factored_layers
 from converter.models import load
 from tests.trainers.networks import digits_network as network
 from trainers.data import Data, load_data
+from trainers.distributed import World
 from trainers.evaluate import evaluate
 from trainers.manifold import SMALLEST_S, Manifold
+from trainers.meter import Meter
 from trainers.optim import build_optimizer, learning_rate, split_parameters
 from trainers.randomness import host_state
 from trainers.rank_schedule import RankSchedule
-from trainers.rules import BP, DFA, SSA
+from trainers.rules import BP, DFA, SSA, StepResult
 from trainers.trainer import TrainSettings, train_local
 
 
@@ -195,6 +198,64 @@ def test_early_stop_ends_after_patience_without_a_better_accuracy(data):
     history = train_local(network(), data, settings=settings(epochs=9, lr=1e-12, early_stop=2))
     assert len(history.records) == 3
     assert not history.interrupted
+
+
+def test_early_stop_waits_until_ranks_fall_no_more(data):
+    slow = {"lr": 1e-12, "early_stop": 2, "epochs": 9}
+    schedule = RankSchedule(final="0.2", start=2, end=5, floor=1)
+    history = train_local(network(), data, settings=settings(ranks=schedule, **slow))
+    assert len(history.records) >= 6
+    assert max(history.records[-1]["ranks"].values()) < max(history.records[0]["ranks"].values())
+
+
+class _Blank(Dataset):
+    """Images without a number in them."""
+
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, index):
+        return torch.full((1, 8, 8), float("nan")), index % 10
+
+
+def test_a_test_loss_that_is_no_number_stops_the_run(data, tmp_path):
+    blank = replace(data, test=_Blank())
+    with pytest.raises(StiefelError, match="the test loss became nan"):
+        train_local(network(), blank, settings=settings(), out=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("rule", "changes", "says"),
+    [
+        # A norm that is no number spoils every block's gradient, but only a step later.
+        (SSA(), {"clip": 1.0}, "the loss of block 3 became nan"),
+        (SSA(error="global"), {}, "the loss became nan"),
+        (BP(), {}, "the loss became nan"),
+    ],
+    ids=["clipped", "global", "bp"],
+)
+def test_the_block_named_is_where_it_began(rule, changes, says, data):
+    model = network()
+
+    def poison(now):
+        if (now["epoch"], now.get("step")) == (1, 1):
+            model[3].S.data.fill_(float("nan"))
+
+    rest = {"settings": settings(log_every=1, **changes), "progress": poison, "rule": rule}
+    with pytest.raises(StiefelError, match=says):
+        train_local(model, data, **rest)
+
+
+def test_of_losses_that_are_no_number_the_first_in_time_is_told():
+    meter = Meter(World())
+    for first, second in [(1.0, 1.0), (1.0, float("nan")), (float("nan"), 1.0)]:
+        blocks = {"a": torch.tensor(first), "b": torch.tensor(second)}
+        loss = torch.tensor(second)
+        meter.add(StepResult(loss, torch.eye(2), blocks), torch.tensor([0, 1]))
+    reading = meter.read(False, 0.1)
+    assert reading.nonfinite(local=True)[0] == "the loss of block b"
+    assert reading.nonfinite(local=False)[0] == "the loss"
+    assert (reading.lasted, reading.pace) == ({"a": 2.0, "b": 1.0}, pytest.approx(0.1))
 
 
 def test_best_and_last_checkpoints_hold_what_the_history_says(data, tmp_path):
