@@ -96,6 +96,7 @@ TABLE = {
         lr_of={"smallconv": 5e-3, "resnet20": 1e-2, "resnet32": 1e-2},
     ),
     "SSA, layer-wise": Method(SSA()),
+    "SSA, layer-wise, memory 0.5": Method(SSA(memory=0.5)),
     "SSA, layer-wise, linear read-outs": Method(SSA(readout_layers=0)),
     "SSA, layer-wise, read-outs 32 wide": Method(SSA(readout_width=32)),
     "SSA, layer-wise, 32 wide, memory 0": Method(SSA(readout_width=32, memory=0)),
