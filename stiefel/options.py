@@ -71,7 +71,10 @@ def collect(model: type[S], values: dict[str, Any], *, prefix: str = "", **fixed
         problem = error.errors()[0]
         location = [str(part) for part in problem["loc"] if isinstance(part, str)]
         option = "--" + "-".join([*filter(None, [prefix]), *location]).replace("_", "-")
-        message = describe(problem, model).split(": ", 1)[-1]
+        message = describe(problem, model)
+        if isinstance(problem["input"], dict):  # several options that don't go together
+            raise click.UsageError(message) from error
+        message = message.split(": ", 1)[-1]
         raise click.UsageError(f"{option} {problem['input']!r}: {message}") from error
 
 

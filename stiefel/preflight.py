@@ -26,8 +26,8 @@ from export.bench import places
 from stiefel.materials import calibration_images, example_of
 from stiefel.recipe import ConvertSection, Recipe, TrainSection
 from trainers.checks import check_factored, check_parts
-from trainers.cuts import CutSettings, cut
-from trainers.rank_schedule import check_epochs, check_schedule, look
+from trainers.cuts import CutSettings, check_cuts, cut
+from trainers.rank_schedule import RankSchedule, check_epochs, check_schedule, look
 from trainers.rules import SSA
 from trainers.settings import TrainSettings
 
@@ -52,7 +52,7 @@ def check(recipe: Recipe, model: nn.Module) -> None:
         _check_training(recipe.pretrain, model, factors=False)
     factors = recipe.convert is not None and _check_convert(recipe.convert, model, recipe.seed)
     if recipe.train:
-        _check_train(recipe.train, model, recipe.convert is not None, factors)
+        _check_train(recipe.train, model, recipe.convert, factors)
     if recipe.bench:
         places(recipe.bench)
 
@@ -102,15 +102,32 @@ def _cheapest(layer: Layer, request: Request, prices: Prices) -> list[Option]:
     return options
 
 
-def _check_train(section: TrainSection, model: nn.Module, converts: bool, factors: bool) -> None:
+def _check_train(
+    section: TrainSection, model: nn.Module, convert: ConvertSection | None, factors: bool
+) -> None:
     rule = section.rule
     if isinstance(rule, SSA):
-        rule.resolved(with_teacher=section.teach and converts)
-    if isinstance(rule, CutSettings) and rule.blocks:
-        cut(model, example_of(model), rule)
+        rule.resolved(with_teacher=section.teach and convert is not None)
+    if isinstance(rule, CutSettings):
+        check_cuts(rule)
+        if rule.blocks:
+            cut(model, example_of(model), rule)
+    if factors:
+        _check_lower(section.ranks, parse_rank(convert.rank))
     if not factors:
         check_factored(model, rule)
     _check_training(section, model, factors)
+
+
+def _check_lower(ranks: RankSchedule, converted: Policy) -> None:
+    """Refuse a share of the parameters at the end that is above the one to begin with."""
+    final = ranks.policy
+    both = isinstance(final, Budget) and isinstance(converted, Budget)
+    if both and final.cost == converted.cost and final.fraction > converted.fraction:
+        raise StiefelError(
+            f"train.ranks: final {final} is above convert's {converted}; a schedule only lowers "
+            "ranks"
+        )
 
 
 def _check_training(section: TrainSettings, model: nn.Module, factors: bool) -> None:

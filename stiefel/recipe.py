@@ -13,7 +13,7 @@ from converter.settings import Settings
 from converter.specs import InputChange
 from export.bench import BenchSettings
 from export.onnx import OnnxSettings
-from stiefel.validation import describe, line_of
+from stiefel.validation import describe, line_of, written
 from trainers.rules import BP, DFA, SSA
 from trainers.trainer import TrainSettings
 
@@ -147,6 +147,7 @@ def load_recipe(path: str | Path, changes: tuple[str, ...] = ()) -> Recipe:
         line = f", line {where.line + 1}" if where else ""
         reason = getattr(error, "problem", None) or error
         raise StiefelError(f"{path}{line}: not valid YAML: {reason}") from error
+    _refuse_second_values(node, path)
     if not isinstance(document, dict):
         raise StiefelError(f"{path}: a recipe is a mapping of sections such as model: and convert:")
     for change in changes:
@@ -183,10 +184,21 @@ def _origin(
     """Where a wrong value came from: the change that set it, or the recipe's file and line."""
     for change in changes:
         keys = change.partition("=")[0].split(".")
-        if keys == [str(part) for part in location][: len(keys)]:
+        if keys == written(location, Recipe)[: len(keys)]:
             return change
     line = line_of(node, location)
     return f"{path}, line {line}" if line else str(path)
+
+
+def _refuse_second_values(node: yaml.Node | None, path: Path) -> None:
+    """YAML takes the last of two values of one key, and says nothing."""
+    seen = set()
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        if key.value in seen:
+            line = key.start_mark.line + 1
+            raise StiefelError(f"{path}, line {line}: '{key.value}' is there twice; leave one out")
+        seen.add(key.value)
+        _refuse_second_values(value, path)
 
 
 def _refuse_second_homes(document: dict[str, Any], path: Path) -> None:

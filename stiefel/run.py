@@ -122,7 +122,7 @@ class Road:
         save_factored(model, path, history={"step": "convert", "policy": plan.policy})
         self.figures["plan"] = plan.model_dump(mode="json")
         self._measure("converted", model, path, None, convert_seconds=seconds)
-        return model
+        return load_any(path)  # with its history
 
     def trained(self, converted: nn.Module | None, dense: nn.Module) -> nn.Module:
         """The factored model after local training; the dense one's copy where none is factored."""

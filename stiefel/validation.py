@@ -24,8 +24,30 @@ def describe(problem: Mapping[str, Any], model: type[BaseModel]) -> str:
         return f"unknown key '{key}'{hint or known}"
     if problem["type"] == "missing":
         return f"'{key}' is missing"
+    if problem["type"].startswith("union_tag"):
+        tags = sorted(str(_tag(candidate)) for candidate in _models(_walk(location, model)[1]))
+        return _wrong_tag(key, problem, tags)
     message = problem["msg"].removeprefix("Value error, ")
+    if isinstance(problem["input"], Mapping):  # a section whose values don't go together
+        return f"{key}: {message}" if key else message
     return f"'{key}' is {problem['input']!r}: {message[:1].lower()}{message[1:]}"
+
+
+def _wrong_tag(key: str, problem: Mapping[str, Any], tags: list[str]) -> str:
+    """A section that says by its name which of several it is, and doesn't, or says another."""
+    if problem["type"] == "union_tag_invalid":
+        tag = problem["ctx"]["tag"]
+        hint = did_you_mean(tag, tags) or f"; known here: {', '.join(tags)}"
+        return f"'{key}.name' is '{tag}'{hint}"
+    for given in map(str, problem["input"]):
+        if hint := did_you_mean(given, ["name"]):
+            return f"unknown key '{key}.{given}'{hint}"
+    return f"'{key}' needs a name: one of {', '.join(tags)}"
+
+
+def written(location: Location, model: type[BaseModel]) -> list[str]:
+    """The keys of a location as they stand in a document."""
+    return [str(key) for key in _walk(location, model)[0]]
 
 
 def line_of(node: yaml.Node | None, location: Location) -> int | None:

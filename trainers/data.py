@@ -148,6 +148,10 @@ def _from_factory(
             kind = type(made).__name__
             raise StiefelError(f"{name} returned a {kind}, not (train, test) data sets")
         train, test, *rest = made
+        for part in (train, test):
+            if not (hasattr(part, "__len__") and hasattr(part, "__getitem__")):
+                kind = type(part).__name__
+                raise StiefelError(f"{name} returned a {kind}; data sets need a length and items")
         names = rest[0] if rest else getattr(train, "classes", None)
         if names is None and not len(train):
             raise StiefelError(f"{name} has no training images, and names no classes")

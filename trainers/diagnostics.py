@@ -129,13 +129,16 @@ class Diagnostics:
         """Root → pooled features (N, D) and the read-out's logits (N, C), on the CPU."""
         found: dict[str, list[tuple[Tensor, Tensor | None]]] = {}
         feedback = getattr(self.state, "feedback", [])
+        trained = getattr(getattr(self.state, "settings", None), "cross_entropy", 1)
 
         def visit(index: int, roots: tuple[Tensor, ...], logits: Tensor | None) -> None:
             mine = feedback[index] if index < len(feedback) else []
             seen = self.state.features(index, roots) if len(mine) else []
             for place, (root, h) in enumerate(zip(cuts.blocks[index].roots, roots, strict=True)):
                 z = root.pooled(h, _POOL)
-                read = _read_out(mine[place], seen[place]) if len(mine) else logits
+                read = logits
+                if len(mine):
+                    read = _read_out(mine[place], seen[place]) if trained else None
                 pair = z.float().cpu(), None if read is None else read.float().cpu()
                 found.setdefault(root.name, []).append(pair)
 

@@ -34,6 +34,7 @@ from trainers.augment import (
     uniform,
 )
 from trainers.labels import as_indices
+from trainers.randomness import seed_host
 
 SMALL_SIDE = 64  # up to here images are shifted rather than cropped, and kept in memory
 CACHE_BYTES = 2 * 2**30
@@ -187,6 +188,23 @@ class _Decoded:
         return self._images[indices]
 
 
+class _Reseeded(Dataset[Item]):
+    """What a worker draws for an item depends on seed and item, not on what it drew before.
+
+    So that a resumed run goes on as it would have, whichever worker reads what.
+    """
+
+    def __init__(self, dataset: Dataset[Item], seed: int) -> None:
+        self._dataset, self._seed = dataset, seed
+
+    def __len__(self) -> int:
+        return len(self._dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, position: int) -> Item:
+        seed_host(int(uniform(self._seed, 0, torch.tensor([position]), 1)[0, 0] * 2**31))
+        return self._dataset[position]
+
+
 def plain(dataset: Dataset[Item]) -> Dataset[Item]:
     """The same images without augmentation: an `ImageSet`'s, a `Subset`'s or a `ConcatDataset`'s.
 
@@ -255,7 +273,7 @@ def batches(
     if workers is None:
         workers = min(8, os.cpu_count() or 1) if isinstance(dataset, ImageSet) else 0
     loader = DataLoader(
-        dataset,
+        _Reseeded(dataset, seed) if workers and not isinstance(dataset, ImageSet) else dataset,
         batch_sampler=[chunk.tolist() for chunk in chunks],
         num_workers=min(workers, len(chunks)),
         pin_memory=pin_memory,

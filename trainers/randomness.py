@@ -22,9 +22,8 @@ def repeatable(seed: int, device: torch.device, *, deterministic: bool) -> Itera
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     numbers = host_state()
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)  # what a network or a data set may draw from
+        seed_host(seed)
+        torch.manual_seed(seed)  # the device's too
         try:
             if deterministic:
                 torch.use_deterministic_algorithms(True, warn_only=True)
@@ -32,6 +31,13 @@ def repeatable(seed: int, device: torch.device, *, deterministic: bool) -> Itera
         finally:
             torch.use_deterministic_algorithms(before, warn_only=warn_only)
             restore_host_state(numbers)
+
+
+def seed_host(seed: int) -> None:
+    """Let all that a network or a data set may draw from on the host begin at `seed`."""
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
 
 
 def host_state() -> dict[str, Any]:

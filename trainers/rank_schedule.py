@@ -56,9 +56,13 @@ class RankSchedule(Settings):
         return final
 
     @model_validator(mode="after")
-    def _forwards(self) -> Self:
+    def _consistent(self) -> Self:
         if self.end is not None and self.end < self.start:
             raise ValueError(f"end ({self.end}) comes before start ({self.start})")
+        fields = type(self).model_fields
+        idle = [name for name in fields if getattr(self, name) != fields[name].default]
+        if idle and not self.active:
+            raise ValueError(f"{idle[0]} says how ranks fall: give final or energy too")
         return self
 
     @property

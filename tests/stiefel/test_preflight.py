@@ -37,6 +37,14 @@ MISTAKES = [
     ({"convert": {"rank": "0.5", "layers": {"*": "keep"}}, "train": {}}, "no factored layer"),
     ({"train": {"rule": {"name": "bp"}, "ranks": {"final": "4"}}}, "no factored layer"),
     ({"convert": {}, "train": {"rule": SSA | {"blocks": ["bloks.*"]}}}, "matches bloks"),
+    (
+        {"convert": {}, "train": {"rule": SSA | {"boundaries": "units", "memory": 0.3}}},
+        "memory says how far blocks are balanced, and boundaries are units",
+    ),
+    (
+        {"convert": {"rank": "params=0.5"}, "train": {"ranks": {"final": "params=0.9"}}},
+        "final params=0.9 is above convert's params=0.5",
+    ),
     ({"convert": {}, "train": {"epochs": 3, "ranks": {"final": 4, "end": 5}}}, "epoch 5 never"),
     ({"convert": {}, "train": {"batch_size": 10, "accumulate": 4}}, "10 can't be split into 4"),
     ({"pretrain": {"batch_size": 2, "accumulate": 4}}, "into 4 equal parts (accumulate × proc"),

@@ -70,9 +70,18 @@ def test_changes_reach_nested_keys_and_switch_sections_off():
     [
         ("modle: {name: zoo:mlp}", "line 1: unknown key 'modle'; did you mean model?"),
         ("model: {name: zoo:mlp}\ntrain:\n  epochs: 0\n", "line 3: 'train.epochs' is 0"),
-        ("model: {name: zoo:mlp}\ntrain: {rule: {name: sssa}}", "line 2: 'train.rule'"),
+        (
+            "model: {name: zoo:mlp}\ntrain: {rule: {name: sssa}}",
+            "'train.rule.name' is 'sssa'; did you mean ssa?",
+        ),
         ("model: {name: zoo:mlp}\ntrain: {seed: 3}", "write seed once, at the top"),
         ("name: x", "'model' is missing"),
+        ("model: {name: zoo:mlp}\nname: a\nname: b", "line 3: 'name' is there twice"),
+        ("model: {name: zoo:mlp}\ntrain:\n  lr: 1\n  lr: 2", "line 4: 'lr' is there twice"),
+        (
+            "model: {name: zoo:mlp}\ntrain: {ranks: {floor: 3}}",
+            "line 2: train.ranks: floor says how ranks fall: give final or energy too",
+        ),
         ("- a\n- b", "a recipe is a mapping"),
         ("model: {name: [", "not valid YAML"),
     ],
@@ -96,9 +105,16 @@ def test_a_change_that_is_none_is_refused(change):
         load_recipe(RECIPES / "digits.yaml", (change,))
 
 
-def test_a_wrong_change_is_named_itself_not_a_line_of_the_file(tmp_path):
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("train.epoch=3", r"^train\.epoch=3: .* did you mean epochs"),
+        ("train.rule.alpha=-1", r"^train\.rule\.alpha=-1: 'train\.rule\.alpha' is -1"),
+    ],
+)
+def test_a_wrong_change_is_named_itself_not_a_line_of_the_file(change, says, tmp_path):
     path = tmp_path / "r.yaml"
-    path.write_text("model: {name: zoo:mlp}\ntrain:\n  epochs: 2\n")
-    with pytest.raises(StiefelError, match=r"^train\.epoch=3: .* did you mean epochs") as caught:
-        load_recipe(path, ("train.epoch=3",))
+    path.write_text("model: {name: zoo:mlp}\ntrain:\n  epochs: 2\n  rule: {name: ssa}\n")
+    with pytest.raises(StiefelError, match=says) as caught:
+        load_recipe(path, (change,))
     assert "line" not in str(caught.value)

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 import pytest
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from converter.settings import Settings
 from stiefel.validation import describe, line_of
@@ -20,7 +20,19 @@ class Two(Settings):
     gamma: float = Field(0.0, description="")
 
 
+class Odds(Settings):
+    low: int = Field(0, description="")
+    high: int = Field(0, description="")
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.high < self.low:
+            raise ValueError("high is below low")
+        return self
+
+
 class Section(Settings):
+    odds: Odds = Field(Odds(), description="")
     rule: Annotated[One | Two, Field(discriminator="name")] = Field(One(), description="")
     sizes: tuple[int, ...] = Field((1,), description="")
     epochs: int = Field(1, ge=1, description="")
@@ -48,6 +60,24 @@ def test_a_misspelt_key_inside_a_rule_is_looked_for_among_that_rule_s_keys():
     message, line = complaint("need: 1\ntrain:\n  rule:\n    name: one\n    alfa: 1\n")
     assert message == "unknown key 'train.rule.alfa'; did you mean alpha?"
     assert line == 5
+
+
+@pytest.mark.parametrize(
+    ("rule", "says"),
+    [
+        ("nmae: one", "unknown key 'train.rule.nmae'; did you mean name?"),
+        ("name: own", "'train.rule.name' is 'own'; did you mean one?"),
+        ("name: zero", "'train.rule.name' is 'zero'; known here: one, two"),
+        ("alpha: 1", "'train.rule' needs a name: one of one, two"),
+    ],
+)
+def test_a_rule_is_known_by_its_name(rule, says):
+    assert complaint(f"need: 1\ntrain:\n  rule:\n    {rule}\n")[0] == says
+
+
+def test_values_that_do_not_go_together_are_told_without_the_whole_section():
+    message, line = complaint("need: 1\ntrain: {odds: {low: 2, high: 1}}\n")
+    assert (message, line) == ("train.odds: high is below low", 2)
 
 
 def test_a_key_like_no_other_lists_what_is_known():

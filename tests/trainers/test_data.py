@@ -269,6 +269,13 @@ def halves():
     x = torch.zeros(4, 3, 4, 4)
     return TensorDataset(x, torch.zeros(4) + 0.5), TensorDataset(x, torch.zeros(4) + 0.5)
 
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter([])
+
+def streams():
+    return Stream(), Stream()
+
 def fails():
     raise OSError("the disk is on fire")
 """
@@ -294,6 +301,7 @@ def test_a_factory_gives_data_sets_of_one_s_own(factory):
     ("name", "says"),
     [
         ("wrong", "returned a int, not"),
+        ("streams", "returned a Stream; data sets need a length and items"),
         ("miscounted", "returned a int as third item, not the classes' names"),
         ("empty", "has no training images, and names no classes"),
         ("flat", "must give items"),

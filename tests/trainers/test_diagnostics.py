@@ -129,6 +129,7 @@ def test_rank_and_departure_are_the_layers_own(data):
     ("rule", "reads"),
     [
         (SSA(), True),
+        (SSA(cross_entropy=0), False),  # there, but nothing trains it
         (SSA(readout=1000), True),
         (SSA(feedback="kolen-pollack"), True),
         (SSA(feedback="kolen-pollack", error="global"), False),

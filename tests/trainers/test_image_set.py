@@ -1,10 +1,13 @@
 """The same images in the same order, however they are read."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
 
 from converter.specs import InputSpec
 from trainers.image_set import (
@@ -79,6 +82,29 @@ def test_worker_processes_see_a_new_epoch_and_leave_random_numbers_alone():
         x = torch.cat([x for x, _ in batches(data, 10, workers=1)])
         assert torch.equal(x, data.batch(range(20))[0])
     assert torch.equal(torch.get_rng_state(), before)
+
+
+class Drawing(Dataset):
+    """Each item is what is drawn for it, by torch, by Python and by numpy."""
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        return torch.tensor([torch.rand(()), random.random(), np.random.rand()]), index
+
+
+def test_what_workers_draw_for_an_item_depends_on_nothing_else():
+    def drawn(order, **rest):
+        read = list(batches(Drawing(), 3, order=order, **{"workers": 2, "seed": 1, **rest}))
+        x, y = (torch.cat(parts) for parts in zip(*read, strict=True))
+        return dict(zip(y.tolist(), x, strict=True))
+
+    whole = drawn(torch.arange(12))
+    later = drawn(torch.arange(12)[3:], workers=1)
+    assert all(torch.equal(later[index], whole[index]) for index in later)
+    assert len({tuple(x.tolist()) for x in whole.values()}) == 12
+    assert not torch.equal(drawn(torch.arange(3), seed=2)[0], whole[0])
 
 
 def test_small_images_are_read_once_and_large_ones_each_time():

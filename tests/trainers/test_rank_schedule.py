@@ -41,10 +41,12 @@ finals = st.sampled_from([None, "3", "0.25", "energy=0.7", "params=0.9", "params
 schedules = st.builds(
     RankSchedule,
     final=finals,
-    energy=st.one_of(st.none(), st.floats(0.1, 1)),
+    energy=st.floats(0.1, 1),
     floor=st.integers(1, 5),
     start=st.integers(1, 3),
     every=st.integers(1, 3),
+) | st.builds(
+    RankSchedule, final=finals.filter(lambda final: final is not None), floor=st.integers(1, 5)
 )
 
 
@@ -128,6 +130,12 @@ def test_ranks_fall_in_equal_parts_and_end_on_the_final_rank():
         model = cut(model, ranks)
     assert falls(schedule, 10) == [2, 4, 6, 8]
     assert found == [40, 32, 32, 24, 24, 16, 16, 8, 8, 8]
+
+
+@pytest.mark.parametrize("key", ["floor", "start", "end", "every"])
+def test_how_ranks_fall_is_not_said_where_they_do_not(key):
+    with pytest.raises(ValidationError, match=f"{key} says how ranks fall: give final or energy"):
+        RankSchedule(**{key: 7})
 
 
 def test_it_is_off_by_default():

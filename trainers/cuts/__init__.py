@@ -53,27 +53,37 @@ def cut(network: nn.Module, example: Tensor, settings: CutSettings) -> Cuts:
             blocks are named and it is also said where else to cut, or memory is to be shared out
             and blocks are not to be balanced.
     """
-    # A resolved recipe spells out defaults, so these are nobody's wish.
-    asked = {
-        n for n, field in CutSettings.model_fields.items() if getattr(settings, n) != field.default
-    }
+    check_cuts(settings)
     if settings.blocks:
-        for name in ("boundaries", "memory", "layers_per_block"):
-            if name in asked:
-                raise StiefelError(
-                    f"blocks names the blocks, so {name} has nothing to say: leave one out"
-                )
         return NamedCuts(network, settings.blocks, example)
-    if "memory" in asked and settings.boundaries != "balanced":
-        raise StiefelError(
-            f"memory says how far blocks are balanced, and boundaries are {settings.boundaries}: "
-            "leave one out"
-        )
     traced = trace(network, example)
     ends = choose_ends(traced, settings)
     if settings.boundaries == "balanced":
         ends = balanced_ends(network, traced, ends, example, settings.memory)
     return TracedCuts(traced, make_segments(traced, ends))
+
+
+def check_cuts(settings: CutSettings) -> None:
+    """Refuse settings that contradict each other, whatever the network.
+
+    Raises:
+        StiefelError: blocks are named and it is also said where else to cut, or memory is to be
+            shared out and blocks are not to be balanced.
+    """
+    # A resolved recipe spells out defaults, so these are nobody's wish.
+    asked = {
+        n for n, field in CutSettings.model_fields.items() if getattr(settings, n) != field.default
+    }
+    for name in ("boundaries", "memory", "layers_per_block") if settings.blocks else ():
+        if name in asked:
+            raise StiefelError(
+                f"blocks names the blocks, so {name} has nothing to say: leave one out"
+            )
+    if "memory" in asked and settings.boundaries != "balanced":
+        raise StiefelError(
+            f"memory says how far blocks are balanced, and boundaries are {settings.boundaries}: "
+            "leave one out"
+        )
 
 
 def cut_alike(cuts: Cuts, teacher: nn.Module, example: Tensor, settings: CutSettings) -> Cuts:
