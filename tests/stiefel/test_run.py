@@ -7,7 +7,7 @@ import onnxruntime
 import pytest
 import torch
 
-from converter.checkpoints import load_any, save_dense
+from converter.checkpoints import load_any, read_metadata, save_dense
 from converter.errors import StiefelError
 from converter.factors import factored_layers
 from converter.models import load
@@ -52,6 +52,10 @@ def test_the_folder_holds_all_that_was_promised(done):
     assert {"dense.onnx", "small.onnx", "small.safetensors", "recipe.yaml"} <= names
     assert {"report.json", "report.md", "training.png", "comparison.png"} <= names
     assert json.loads((folder / "report.json").read_text()) == json.loads(json.dumps(report))
+    done_to_it = [
+        entry["step"] for entry in read_metadata(folder / "trained.safetensors")["history"]
+    ]
+    assert done_to_it == ["convert", "train-local"]
     page = (folder / "report.md").read_text()
     assert "accuracy, test" in page
     assert "training.png" in page
