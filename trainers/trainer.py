@@ -225,7 +225,8 @@ class _Training:
         if self.world.size == 1:
             return due
         # Whoever asks processes to stop gives them but seconds.
-        return self.step + 1 if not pace else min(due, self.step + max(1, int(_PATIENCE / pace)))
+        soon = 1 if pace is None else max(1, int(_STOP_SECONDS / pace))
+        return min(due, self.step + soon)
 
     def _train_step(self, parts: list[tuple[Tensor, Tensor]]) -> None:
         """One step on one batch, which comes in parts; it never waits for the device."""
@@ -457,7 +458,7 @@ class _Training:
                     module.eval()
 
 
-_PATIENCE = 5.0  # seconds between two looks of several processes at whether to stop, or a step
+_STOP_SECONDS = 5.0  # so long at most, or a step, until several processes heed a wish to stop
 _PLACE = ("epoch", "step", "seconds", "records", "looks", "best", "stale")
 _PLACE += ("first_ranks", "kept_energy")
 _PARTS = ("network", "state", "update", "meter")

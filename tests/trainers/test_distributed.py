@@ -98,7 +98,7 @@ def one_of_two(rank: int, folder: Path) -> None:
         out = folder / str(rank) / name
         if name == "interrupted":
             out = folder / "both"
-            trainer._PATIENCE = 0.0  # or a step takes too little time for a look in between
+            trainer._STOP_SECONDS = 0.0  # or a step takes too little time for a look in between
             _, history = train(name, out, progress=interrupt)
             assert history.interrupted
             assert len(history.records) == 1
