@@ -56,7 +56,7 @@ class TrainSettings(Settings):
     batch_norm: Literal["train", "frozen", "sync"] = Field(
         "train",
         description="statistics of each process's batch (train), the running ones (frozen), or "
-        "those of all processes' batches together (sync)",
+        "those of all processes' batches together (sync); read-outs' norms likewise, never frozen",
     )
     memory_format: MemoryFormat = Field(
         "auto", description="layout of images in memory; auto: channels_last on CUDA"
