@@ -59,6 +59,7 @@ from trainers.data import images
 from trainers.device import resolve_device
 from trainers.distributed import is_main_process
 from trainers.evaluate import evaluate
+from trainers.rank_schedule import look, shortfall
 from trainers.rules import BP, DFA, SSA
 from trainers.trainer import TrainSettings, train_local
 
@@ -224,6 +225,8 @@ def train_command(path: Path, rule: str, **values: Any) -> None:
         save_factored(model, output, history=done)
         draw_diagnostics(history.diagnostics, out / "diagnostics.png")
         best = f"{100 * history.best_accuracy:.2f} %, in {out / 'best.safetensors'}"
+        if missed := shortfall(settings.ranks, look(model)):
+            console.note(missed)
         better = f" (best: {best})" if history.best_accuracy > last else ""
         console.show(f"Test accuracy {100 * last:.2f} %{better}. Wrote {output}.")
     write_json(values["json_file"], history)

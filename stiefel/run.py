@@ -33,6 +33,7 @@ from trainers.data import images
 from trainers.device import resolve_device
 from trainers.evaluate import evaluate
 from trainers.memory import activation_memory_mib
+from trainers.rank_schedule import look, shortfall
 from trainers.rules import BP
 from trainers.trainer import History, TrainSettings, train_local
 
@@ -135,6 +136,8 @@ class Road:
             model, teacher = load_any(self.folder / "dense.safetensors"), None
         settings = TrainSettings(**section.model_dump(exclude={"rule", "teach"}))
         history = self._train("training", model, section.rule, settings, teacher)
+        if missed := shortfall(settings.ranks, look(model)):
+            self.console.note(missed)
         save_factored(model, path, history={"step": "train-local", "rule": section.rule.name})
         self.figures["training"] = history_figures(history)
         self._measure("trained", model, path, section.rule, teacher=teacher)

@@ -223,6 +223,24 @@ def lowered(
     return ranks
 
 
+def shortfall(schedule: RankSchedule, model: ModelRanks) -> str | None:
+    """In one line, that a trained model keeps more than `final` asked for, if it does."""
+    policy, ranks = schedule.policy, model.ranks()
+    if isinstance(policy, Budget):
+        share = model.parameters(ranks) / model.dense
+        if share <= policy.fraction * (1 + 1e-9):
+            return None
+        return f"final {policy} was not reached: {share:.3f} of the dense parameters are left"
+    if policy is None or isinstance(policy, Energy):
+        return None
+    wanted = {name: policy_rank(policy, one.full_rank, None) for name, one in model.layers.items()}
+    above = [name for name, rank in ranks.items() if rank > max(wanted[name], schedule.floor)]
+    if not above:
+        return None
+    more = f" and {len(above) - 1} more layers" if len(above) > 1 else ""
+    return f"final {schedule.final} was not reached: {above[0]} has rank {ranks[above[0]]}{more}"
+
+
 def _wanted(
     schedule: RankSchedule, share: float, model: ModelRanks, start: Mapping[str, int]
 ) -> dict[str, int]:

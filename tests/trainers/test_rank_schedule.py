@@ -19,6 +19,7 @@ from trainers.rank_schedule import (
     falls,
     look,
     lowered,
+    shortfall,
 )
 
 layers = st.builds(
@@ -130,6 +131,29 @@ def test_ranks_fall_in_equal_parts_and_end_on_the_final_rank():
         model = cut(model, ranks)
     assert falls(schedule, 10) == [2, 4, 6, 8]
     assert found == [40, 32, 32, 24, 24, 16, 16, 8, 8, 8]
+
+
+@pytest.mark.parametrize(
+    ("final", "energy", "says"),
+    [
+        ("2", None, None),
+        ("2", 0.999, "final 2 was not reached: l has rank 8 and 1 more layers"),
+        ("params=0.2", None, None),
+        ("params=0.2", 0.999, "final params=0.2 was not reached: 0.4"),
+        ("energy=0.5", 0.999, None),  # a share of what each layer has; there is no total to miss
+        (None, 0.999, None),
+    ],
+)
+def test_what_energy_keeps_from_the_target_is_told(final, energy, says):
+    layer = LayerRank(torch.ones(8).double(), full_rank=32, cost=50, dense=1000)
+    model = ModelRanks({"l": layer, "m": layer}, 0)
+    schedule = RankSchedule(final=final, energy=energy, floor=1)
+    start = model.ranks()
+    for epoch in falls(schedule, 12):
+        model = cut(model, lowered(schedule, epoch, 12, model, start))
+    told = shortfall(schedule, model)
+    assert (told or "").startswith(says or "")
+    assert (told is None) == (says is None)
 
 
 @pytest.mark.parametrize("key", ["floor", "start", "end", "every"])
