@@ -7,7 +7,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -74,17 +74,27 @@ class Study:
         threads = max(1, (os.cpu_count() or 1) // jobs)
         torch.set_num_threads(threads)  # here too, for the environment told in the file
         context = multiprocessing.get_context("spawn")
+        tasks = list(tasks)
+        left = [(asked, work) for asked, work in tasks if not self.find(**asked)]
+        running: dict[Future, Row] = {}
+        failure: BaseException | None = None
         with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (threads,)) as pool:
-            running = {
-                pool.submit(_timed, work): asked for asked, work in tasks if not self.find(**asked)
-            }
-            try:
-                for done in as_completed(running):
-                    print(f"{_words(running[done])}: {_words(done.result())}", flush=True)
-                    self._keep(running[done], done.result())
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+            while running or (left and failure is None):
+                # No more than can run: what waits in the pool can't be called back.
+                while left and failure is None and len(running) < jobs:
+                    asked, work = left.pop(0)
+                    running[pool.submit(_timed, work)] = asked
+                for done in wait(running, return_when=FIRST_COMPLETED).done:
+                    asked = running.pop(done)
+                    failure = failure or done.exception()
+                    if done.exception() is None:
+                        print(f"{_words(asked)}: {_words(done.result())}", flush=True)
+                        self._keep(asked, done.result())
+        if failure is not None:
+            raise failure
+        found = [row for asked, _ in tasks for row in self.find(**asked)]
+        self.rows = [row for row in self.rows if row not in found] + found  # in the order asked
+        self.save()
 
     def _keep(self, asked: Mapping[str, Any], found: Row) -> Row:
         self.rows.append({**asked, **found})

@@ -200,10 +200,9 @@ def _scales(dense: nn.Module, wanted: _Watch, images: Tensor) -> dict[str, Tenso
 
 
 def _channel_axis(unit: nn.Module, value: Tensor) -> int:
-    """Maps and sequences have their channels second, tokens and vectors last."""
-    sequence = value.ndim == 3 and any(
-        isinstance(m, nn.Conv1d | FactoredConv1d) for m in unit.modules()
-    )
+    """Maps and what a 1-D convolution gives have their channels second, tokens and vectors last."""
+    last = [m for m in unit.modules() if isinstance(m, _WEIGHTY)][-1:]
+    sequence = value.ndim == 3 and any(isinstance(m, nn.Conv1d | FactoredConv1d) for m in last)
     return 1 if value.ndim == 4 or sequence else value.ndim - 1
 
 

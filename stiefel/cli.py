@@ -26,7 +26,7 @@ from stiefel.inputs import (
     NEW_FILE,
     NEW_PLOT,
     check_apart,
-    check_outside,
+    check_not_replaced,
     data_options,
     data_section,
     device_option,
@@ -194,7 +194,7 @@ def train_command(path: Path, rule: str, **values: Any) -> None:
     output = values["output"]
     out = values["out"] or output.with_suffix(".run")
     for source in () if values["resume"] else (path, values["teacher"]):
-        check_outside(out, source)
+        check_not_replaced(out, source)
     model = load_any(path)
     settings = collect(TrainSettings, values)
     chosen = collect(RULES[rule], values)

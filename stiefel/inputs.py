@@ -14,6 +14,7 @@ from stiefel.plots import ENDINGS
 from stiefel.recipe import DataSection, ModelSection
 from stiefel.tables import plain
 from trainers.distributed import is_main_process
+from trainers.state import RunFolder
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 FILE = click.Path(path_type=Path)
@@ -106,16 +107,15 @@ def check_apart(output: Path | None, source: Path | None) -> None:
         raise click.UsageError(f"-o {output} is the checkpoint that is read: name another file")
 
 
-def check_outside(folder: Path, source: Path | None) -> None:
-    """Refuse a folder for a new run's checkpoints that holds the one that is read.
+def check_not_replaced(folder: Path, source: Path | None) -> None:
+    """Refuse to train in the folder of a run with a checkpoint of that run.
 
     Raises:
-        click.UsageError: it does.
+        click.UsageError: the new run would write over the checkpoint that is read.
     """
-    if source is not None and folder.resolve() in source.resolve().parents:
-        raise click.UsageError(
-            f"{source} lies in {folder}, which this run would write anew: name another --out"
-        )
+    run = RunFolder(folder)
+    if source is not None and source.resolve() in (run.best.resolve(), run.last.resolve()):
+        raise click.UsageError(f"{source} is one that this run would replace: name another --out")
 
 
 def data_options(*without: str) -> Callable[[Command], Command]:

@@ -184,7 +184,9 @@ def _origin(
     """Where a wrong value came from: the change that set it, or the recipe's file and line."""
     for change in changes:
         keys = change.partition("=")[0].split(".")
-        if keys == written(location, Recipe)[: len(keys)]:
+        place = written(location, Recipe)
+        common = min(len(keys), len(place))  # a section as a whole may be wrong by one of its keys
+        if common and keys[:common] == place[:common]:
             return change
     line = line_of(node, location)
     return f"{path}, line {line}" if line else str(path)

@@ -189,7 +189,7 @@ class _Decoded:
 
 
 class _Reseeded(Dataset[Item]):
-    """What a worker draws for an item depends on seed and item, not on what it drew before.
+    """What a worker draws depends on seed and item (or batch), not on what it drew before.
 
     So that a resumed run goes on as it would have, whichever worker reads what.
     """
@@ -201,8 +201,17 @@ class _Reseeded(Dataset[Item]):
         return len(self._dataset)  # type: ignore[arg-type]
 
     def __getitem__(self, position: int) -> Item:
-        seed_host(int(uniform(self._seed, 0, torch.tensor([position]), 1)[0, 0] * 2**31))
+        self._seed_for(position)
         return self._dataset[position]
+
+    def __getitems__(self, positions: Sequence[int]) -> list[Item]:
+        if not hasattr(self._dataset, "__getitems__"):
+            return [self[position] for position in positions]
+        self._seed_for(positions[0])
+        return self._dataset.__getitems__(positions)
+
+    def _seed_for(self, position: int) -> None:
+        seed_host(int(uniform(self._seed, 0, torch.tensor([position]), 1)[0, 0] * 2**31))
 
 
 def plain(dataset: Dataset[Item]) -> Dataset[Item]:

@@ -1,6 +1,7 @@
 """Losses and right answers of an epoch, added up on the device so that no step waits for it."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,17 +70,17 @@ class Meter:
         self._images += len(y)
         self._steps += 1
 
-    def read(self, stop: bool, pace: float) -> Reading:
+    def read(self, stop: bool, pace: Callable[[], float]) -> Reading:
         """The means of all processes; waits for the device.
 
         Args:
             stop: whether this process was asked to stop.
-            pace: seconds a step of this process.
+            pace: seconds a step of this process, once the device has been waited for.
         """
-        own = self._sums.new_tensor([float(stop), pace])
         lasted = torch.zeros_like(self._sums) if self._lasted is None else self._lasted
         together = self._world.sum_(torch.stack([self._sums, lasted]))
         (correct, loss, *local), (_, _, *lasted) = together.tolist()
+        own = self._sums.new_tensor([float(stop), pace()])
         stops, paces = self._world.sum_(own).tolist()
         steps, images = self._steps * self._world.size, self._images * self._world.size
         return Reading(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from converter.cost import count_parameters
-from converter.errors import StiefelError
+from converter.errors import StiefelError, first_line
 from converter.factors import factored_layers
 from trainers import checks
 from trainers.capture import RecordedStep, can_record
@@ -127,7 +127,7 @@ class _Training:
         self.epoch, self.step, self.seconds = 1, 0, 0.0
         self.records: list[dict[str, Any]] = []
         self.looks: list[dict[str, Any]] = []
-        self.best, self.stale = -1.0, 0
+        self.best, self.bar, self.stale = -1.0, -1.0, 0
         self.meter = Meter(world)
 
     def prepare(self, teacher: nn.Module | None, resume: bool) -> None:
@@ -203,15 +203,15 @@ class _Training:
             # A single process can stop at once; several agree on it whenever they look.
             stopping = stop.requested and self.world.size == 1
             if last or stopping or self.step >= due:
-                spent = time.perf_counter() - start
-                self.reading = self._read(stop, pace=spent / (self.step - first))
-                self.seconds = before + spent
+                steps = self.step - first
+                self.reading = self._read(stop, lambda n=steps: (time.perf_counter() - start) / n)
+                self.seconds = before + time.perf_counter() - start
                 self._report(self.reading)
                 if self.reading.stop and not last:
                     return False
                 due = self._next_look(self.reading.pace)
         if first == self.steps:  # all but its evaluation was done before
-            self.reading = self._read(stop, pace=0.0)
+            self.reading = self._read(stop, lambda: 0.0)
         return True
 
     def _next_look(self, pace: float | None) -> int:
@@ -293,13 +293,7 @@ class _Training:
         """Evaluate, record, save."""
         epochs = self.settings.epochs
         self.world.average_buffers_(self.network)
-        try:
-            accuracy, loss = self._evaluate()
-        except StiefelError as error:
-            raise StiefelError(f"{error}{self._kept_for_later()}") from error
-        if not math.isfinite(loss):
-            self._check_weights()
-            self._give_up("the test loss", loss)
+        accuracy, loss = self._tested()
         record = {
             "epoch": self.epoch,
             "loss": self.reading.loss,
@@ -317,8 +311,10 @@ class _Training:
         self.records.append(record)
         self._look(self.epoch)
         better = accuracy > self.best
-        falling = any(fall > self.epoch for fall in falls(self.settings.ranks, epochs))
-        self.stale = 0 if better or falling else self.stale + 1
+        # What fewer directions lose is no sign of an end: the bar is lowered with them.
+        settled = not any(fall >= self.epoch for fall in falls(self.settings.ranks, epochs))
+        self.stale = self.stale + 1 if settled and accuracy <= self.bar else 0
+        self.bar = max(self.bar, accuracy) if settled else accuracy
         self.best = max(self.best, accuracy)
         self.epoch, self.step, self.seconds = self.epoch + 1, 0, 0.0
         self.meter = Meter(self.world)
@@ -340,14 +336,31 @@ class _Training:
         correct, loss, total = world.sum_(sums).tolist()
         return correct / total, loss / total
 
-    def _kept_for_later(self) -> str:
-        """Save an epoch whose evaluation failed, and say so; several processes would not agree."""
-        if self.folder is None or self.world.size > 1:
+    def _tested(self) -> tuple[float, float]:
+        """As `_evaluate`; where that fails, the epoch is saved for a run to be resumed at its test.
+
+        Raises:
+            StiefelError: it failed, or the loss is not finite.
+        """
+        try:
+            accuracy, loss = self._evaluate()
+        except (StiefelError, torch.OutOfMemoryError) as error:
+            raise StiefelError(f"{first_line(error)}{self._kept_untested()}") from error
+        if not math.isfinite(loss):
+            self._check_weights()
+            raise StiefelError(
+                f"the test loss became {loss}, though the weights are finite: look at the test "
+                f"images, or train in fp32{self._kept_untested()}"
+            )
+        return accuracy, loss
+
+    def _kept_untested(self) -> str:
+        if self.folder is None or self.world.size > 1:  # several processes would not agree
             return ""
         self._save(best=False)
         return f"; the epoch's training is kept in {self.folder.path}, to be resumed"
 
-    def _read(self, stop: Stop, pace: float) -> Reading:
+    def _read(self, stop: Stop, pace: Callable[[], float]) -> Reading:
         """Look at the losses.
 
         Raises:
@@ -459,6 +472,6 @@ class _Training:
 
 
 _STOP_SECONDS = 5.0  # so long at most, or a step, until several processes heed a wish to stop
-_PLACE = ("epoch", "step", "seconds", "records", "looks", "best", "stale")
-_PLACE += ("first_ranks", "kept_energy")
+_PLACE = ("epoch", "step", "seconds", "records", "looks")
+_PLACE += ("best", "bar", "stale", "first_ranks", "kept_energy")
 _PARTS = ("network", "state", "update", "meter")

@@ -1,5 +1,6 @@
 import json
 import os
+import time
 from functools import partial
 
 import pytest
@@ -39,6 +40,8 @@ def test_what_was_measured_is_not_measured_again_after_an_interruption(tmp_path)
 def square(number):
     if number == 3:
         raise StiefelError("three is refused")
+    if number == 5:
+        time.sleep(1)  # still at it when another fails
     return {"square": number**2, "process": os.getpid()}
 
 
@@ -46,18 +49,20 @@ def tasks(*numbers):
     return [({"number": number}, partial(square, number)) for number in numbers]
 
 
-def test_several_at_a_time_are_the_same_rows_and_those_before_an_error_are_kept(tmp_path):
+def test_several_at_a_time_are_the_same_rows_and_an_error_loses_none(tmp_path):
     study = Study(tmp_path / "s.json", ABOUT)
     study.measure({"number": 1}, lambda: {"square": "kept"})
     threads = torch.get_num_threads()
     try:
         study.measure_all(tasks(1, 2, 4), jobs=2)
+        assert [row["number"] for row in study.rows] == [1, 2, 4]
         with pytest.raises(StiefelError, match="three is refused"):
-            study.measure_all(tasks(2, 3), jobs=2)
+            study.measure_all(tasks(2, 3, 5, 6, 7), jobs=2)
     finally:
         torch.set_num_threads(threads)
     rows = {row["number"]: row for row in Study(tmp_path / "s.json", ABOUT).rows}
-    assert {number: row["square"] for number, row in rows.items()} == {1: "kept", 2: 4, 4: 16}
+    squares = {number: row["square"] for number, row in rows.items()}
+    assert squares == {1: "kept", 2: 4, 4: 16, 5: 25}  # nothing is begun after an error
     assert os.getpid() not in (rows[2]["process"], rows[4]["process"])
     assert rows[2]["seconds"] >= 0
 

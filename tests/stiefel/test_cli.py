@@ -234,7 +234,7 @@ def test_a_checkpoint_is_not_written_over_while_it_is_read(command, small, tmp_p
 
 
 @pytest.mark.parametrize("as_teacher", [False, True])
-def test_training_does_not_begin_with_what_lies_in_its_own_folder(as_teacher, small, tmp_path):
+def test_training_does_not_begin_with_what_it_would_replace(as_teacher, small, tmp_path):
     held = tmp_path / "a.run" / "best.safetensors"
     held.parent.mkdir()
     held.write_bytes(small.read_bytes())
@@ -242,7 +242,7 @@ def test_training_does_not_begin_with_what_lies_in_its_own_folder(as_teacher, sm
     words = ("train-local", begin, "--data", "digits", "-o", tmp_path / "a.safetensors")
     result = stiefel(*words, *rest)
     assert result.exit_code == 2
-    assert f"{held} lies in {held.parent}, which this run would write anew" in result.stderr
+    assert f"{held} is one that this run would replace: name another --out" in result.stderr
     assert held.read_bytes() == small.read_bytes()
 
 

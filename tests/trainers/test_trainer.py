@@ -14,6 +14,7 @@ from converter.errors import StiefelError
 from converter.factors import factored_layers
 from converter.models import load
 from tests.trainers.networks import digits_network as network
+from trainers import trainer
 from trainers.data import Data, load_data
 from trainers.distributed import World
 from trainers.evaluate import evaluate
@@ -204,15 +205,26 @@ def test_early_stop_waits_until_ranks_fall_no_more(data):
     slow = {"lr": 1e-12, "early_stop": 2, "epochs": 9}
     schedule = RankSchedule(final="0.2", start=2, end=5, floor=1)
     history = train_local(network(), data, settings=settings(ranks=schedule, **slow))
-    assert len(history.records) >= 6
+    assert len(history.records) == 7  # the fifth has the final ranks, and two are no better
     assert max(history.records[-1]["ranks"].values()) < max(history.records[0]["ranks"].values())
+
+
+def test_what_lower_ranks_lose_is_no_reason_to_stop(data, monkeypatch):
+    found = iter([0.5, 0.8, 0.9, 0.9, 0.4, 0.5, 0.6, 0.7, 0.7, 0.7, 0.9])
+    monkeypatch.setattr(trainer._Training, "_evaluate", lambda self: (next(found), 1.0))
+    schedule = RankSchedule(final="0.2", start=5, end=5, floor=1)
+    history = train_local(
+        network(), data, settings=settings(ranks=schedule, epochs=11, early_stop=2, lr=1e-12)
+    )
+    assert len(history.records) == 10
+    assert history.best_accuracy == 0.9
 
 
 class _Blank(Dataset):
     """Images without a number in them."""
 
     def __len__(self):
-        return 20
+        return 40
 
     def __getitem__(self, index):
         return torch.full((1, 8, 8), float("nan")), index % 10
@@ -220,8 +232,11 @@ class _Blank(Dataset):
 
 def test_a_test_loss_that_is_no_number_stops_the_run(data, tmp_path):
     blank = replace(data, test=_Blank())
-    with pytest.raises(StiefelError, match="the test loss became nan"):
+    says = "the test loss became nan, though the weights are finite: .*; the epoch's training is"
+    with pytest.raises(StiefelError, match=says):
         train_local(network(), blank, settings=settings(), out=tmp_path)
+    history = train_local(network(), data, settings=settings(), out=tmp_path, resume=True)
+    assert [record["epoch"] for record in history.records] == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -252,7 +267,7 @@ def test_of_losses_that_are_no_number_the_first_in_time_is_told():
         blocks = {"a": torch.tensor(first), "b": torch.tensor(second)}
         loss = torch.tensor(second)
         meter.add(StepResult(loss, torch.eye(2), blocks), torch.tensor([0, 1]))
-    reading = meter.read(False, 0.1)
+    reading = meter.read(False, lambda: 0.1)
     assert reading.nonfinite(local=True)[0] == "the loss of block b"
     assert reading.nonfinite(local=False)[0] == "the loss"
     assert (reading.lasted, reading.pace) == ({"a": 2.0, "b": 1.0}, pytest.approx(0.1))
