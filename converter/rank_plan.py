@@ -14,7 +14,18 @@ from converter.schemes import Scheme, matrix_shape
 from converter.settings import Settings
 
 
-class LayerPlan(Settings):
+class _Written(Settings):
+    """Written with what follows from its fields, which is found anew when it is read back."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_computed(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            return {k: v for k, v in data.items() if k not in cls.model_computed_fields}
+        return data
+
+
+class LayerPlan(_Written):
     """What becomes of one layer.
 
     Edit a plan with `RankPlan.with_rank`, or scheme and rank in its JSON: `revise` then finds anew
@@ -39,13 +50,6 @@ class LayerPlan(Settings):
     )
     reason: str | None = Field(None, description="why the layer is kept as it is")
     tied_to: str | None = Field(None, description="the layer that owns the shared weight")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_computed(cls, data: Any) -> Any:
-        if isinstance(data, dict):
-            return {k: v for k, v in data.items() if k not in cls.model_computed_fields}
-        return data
 
     @model_validator(mode="after")
     def _possible_rank(self) -> LayerPlan:
@@ -80,7 +84,7 @@ class LayerPlan(Settings):
         return min(matrix_shape(self.shape, self.scheme, self.groups))
 
 
-class RankPlan(Settings):
+class RankPlan(_Written):
     """What becomes of every layer of a model: readable, serialisable, editable."""
 
     layers: tuple[LayerPlan, ...] = Field(description="every layer with a weight, in model order")
@@ -99,13 +103,6 @@ class RankPlan(Settings):
 
     # Decompositions found while planning; `convert` in the same process need not repeat them.
     _spectra: dict[tuple[str, str | None], Spectrum] = PrivateAttr(default_factory=dict)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_computed(cls, data: Any) -> Any:
-        if isinstance(data, dict):
-            return {k: v for k, v in data.items() if k not in cls.model_computed_fields}
-        return data
 
     @model_validator(mode="after")
     def _each_layer_once(self) -> RankPlan:

@@ -15,7 +15,7 @@ Location = tuple[int | str, ...]
 def describe(problem: Mapping[str, Any], model: type[BaseModel]) -> str:
     """One line on one of `ValidationError.errors()`, with the nearest right key for a wrong one."""
     location = problem["loc"]
-    key = ".".join(str(part) for part in _walk(location, model)[0])
+    key = ".".join(written(location, model))
     if problem["type"] == "extra_forbidden":
         _, owner = _walk(location[:-1], model)
         names = sorted({name for candidate in _models(owner) for name in candidate.model_fields})

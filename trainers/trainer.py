@@ -127,7 +127,6 @@ class _Training:
         self.epoch, self.step, self.seconds = 1, 0, 0.0
         self.records: list[dict[str, Any]] = []
         self.looks: list[dict[str, Any]] = []
-        self.best, self.bar, self.stale = -1.0, -1.0, 0
         self.meter = Meter(world)
 
     def prepare(self, teacher: nn.Module | None, resume: bool) -> None:
@@ -291,7 +290,6 @@ class _Training:
 
     def _finish_epoch(self) -> None:
         """Evaluate, record, save."""
-        epochs = self.settings.epochs
         self.world.average_buffers_(self.network)
         accuracy, loss = self._tested()
         record = {
@@ -308,19 +306,14 @@ class _Training:
             "seconds": self.seconds,
             "peak_memory_mib": peak_memory_mib(self.device),
         }
+        better = all(accuracy > earlier["test_accuracy"] for earlier in self.records)
         self.records.append(record)
         self._look(self.epoch)
-        better = accuracy > self.best
-        # What fewer directions lose is no sign of an end: the bar is lowered with them.
-        settled = not any(fall >= self.epoch for fall in falls(self.settings.ranks, epochs))
-        self.stale = self.stale + 1 if settled and accuracy <= self.bar else 0
-        self.bar = max(self.bar, accuracy) if settled else accuracy
-        self.best = max(self.best, accuracy)
         self.epoch, self.step, self.seconds = self.epoch + 1, 0, 0.0
         self.meter = Meter(self.world)
         self._save(best=better)
         if self.progress:
-            self.progress({**record, "epochs": epochs, "epoch_done": True})
+            self.progress({**record, "epochs": self.settings.epochs, "epoch_done": True})
 
     def _evaluate(self) -> tuple[float, float]:
         """Test accuracy (0..1) and loss, each process taking its share of the images."""
@@ -447,9 +440,13 @@ class _Training:
             restore_random_state(kept["random"][self.world.rank], self.device)
 
     def _finished(self) -> bool:
-        patience = self.settings.early_stop
-        stale = patience is not None and self.stale >= patience
-        return stale or self.epoch > self.settings.epochs
+        settings = self.settings
+        if self.epoch > settings.epochs or settings.early_stop is None:
+            return self.epoch > settings.epochs
+        # What fewer directions lose is no sign of an end: epochs count from the last fall on.
+        first = max(falls(settings.ranks, settings.epochs), default=1)
+        since = [record["test_accuracy"] for record in self.records[first - 1 :]]
+        return bool(since) and len(since) - 1 - since.index(max(since)) >= settings.early_stop
 
     def _history(self, *, interrupted: bool) -> History:
         best = max((record["test_accuracy"] for record in self.records), default=0.0)
@@ -472,6 +469,5 @@ class _Training:
 
 
 _STOP_SECONDS = 5.0  # so long at most, or a step, until several processes heed a wish to stop
-_PLACE = ("epoch", "step", "seconds", "records", "looks")
-_PLACE += ("best", "bar", "stale", "first_ranks", "kept_energy")
+_PLACE = ("epoch", "step", "seconds", "records", "looks", "first_ranks", "kept_energy")
 _PARTS = ("network", "state", "update", "meter")
