@@ -1,6 +1,5 @@
 """What a training run keeps on disk: checkpoints, the log, and all that resuming needs."""
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,23 +12,9 @@ from converter.checkpoints import save_factored
 from converter.errors import StiefelError, first_line
 from converter.factors import factored_layers
 from converter.files import atomic_path, check_place, write_text
-from trainers.data import Data
 from trainers.manifold import tied_layers, truncate_
-from trainers.sources import KINDS
 
 FORMAT = "stiefel training state 6"
-# What may differ between a run and its continuation: nothing that changes the result on a CPU.
-_FREE = {
-    "device",
-    "workers",
-    "log_every",
-    "early_stop",
-    "deterministic",
-    "memory_format",
-    "cuda_graph",
-    "overlap",
-    "diagnostics",
-}
 
 
 class RunFolder:
@@ -106,79 +91,6 @@ class RunFolder:
 def _lines(records: list[dict[str, Any]]) -> str:
     # JSON has no word for what is not finite.
     return "".join(f"{to_json(r, inf_nan_mode='null').decode()}\n" for r in records)
-
-
-def check_same(kept: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
-    """Refuse to go on with other settings than the run began with.
-
-    Raises:
-        StiefelError: names the first setting that differs.
-    """
-    # The rule's name first: another rule's settings differ anyway.
-    for key in sorted({*kept, *now} - _FREE, key=lambda key: (key != "name", key)):
-        if kept.get(key) != now.get(key):
-            what = "rule" if key == "name" else key
-            raise StiefelError(
-                f"{path} was begun with {what}={kept.get(key)}, not {now.get(key)}; "
-                "resume with the same settings, or choose another folder"
-            )
-
-
-def materials(data: Data, teacher: nn.Module | None) -> dict[str, Any]:
-    """What tells data and teacher from others that would train otherwise, as plain data."""
-    return {
-        "data": _without_folder(data.name),
-        "augmented": getattr(data.train, "augment", None) is not None,
-        "teacher": None if teacher is None else _fingerprint(teacher),
-        "images": len(data.train),
-        "test_images": len(data.test),
-        "classes": [str(name) for name in data.classes],
-    }
-
-
-def _without_folder(data: str) -> str:
-    """The name of a kind of data, or of a factory and its file, which may have moved."""
-    kind, colon, rest = data.partition(":")
-    return kind if kind in KINDS else f"{Path(kind).name}{colon}{rest}"
-
-
-def _fingerprint(network: nn.Module) -> str:
-    """What tells a network's weights from others, wherever they lie."""
-    digest = hashlib.sha256()
-    for name, value in sorted(network.state_dict().items()):
-        if isinstance(value, torch.Tensor):
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:12]
-
-
-def check_materials(kept: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
-    """Refuse to go on with other `materials` than the run began with.
-
-    Raises:
-        StiefelError: names the first that differs.
-    """
-    for begun, here in zip(_described(kept), _described(now), strict=False):
-        if begun != here:
-            raise StiefelError(
-                f"{path} was begun {begun}, not {here}; resume as it was begun, or choose another "
-                "folder"
-            )
-
-
-def _described(materials: Mapping[str, Any]) -> list[str]:
-    """In words; whether there is a teacher before which, how many classes before their names."""
-    classes = materials["classes"]
-    return [
-        f"on {materials['data']}",
-        f"{'with' if materials['augmented'] else 'without'} augmentation",
-        "with a teacher" if materials["teacher"] else "without a teacher",
-        f"with the teacher of fingerprint {materials['teacher']}",
-        f"with {materials['images']} training images",
-        f"with {materials['test_images']} test images",
-        f"with {len(classes)} classes",
-        *(f"with class {label} named '{name}'" for label, name in enumerate(classes)),
-    ]
 
 
 def restore(

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from converter.errors import StiefelError
 from tests.trainers.networks import digits_network as network
-from trainers import capture, trainer
+from trainers import capture, loop
 from trainers.capture import WARM_UP, Recorded, RecordedStep, can_record
 from trainers.data import load_data
 from trainers.rank_schedule import RankSchedule
@@ -184,7 +184,7 @@ def train(monkeypatch, data):
 
     def run(model, recorded, rule=None, **changes):
         if recorded:
-            monkeypatch.setattr(trainer, "can_record", lambda *_: True)
+            monkeypatch.setattr(loop, "can_record", lambda *_: True)
         # A rate that float32 holds exactly: recorded, it is a tensor.
         rate = {"lr": 2**-8, "schedule": "constant", "warmup": 0}
         plain = {"epochs": 3, "batch_size": 16, "device": "cpu", "retract_every": 2, **rate}

@@ -18,7 +18,7 @@ from torch import nn
 
 from converter.convert import convert, plan
 from converter.errors import StiefelError
-from trainers import trainer
+from trainers import loop
 from trainers.data import load_data
 from trainers.distributed import World, synchronised_batch_norm
 from trainers.rank_schedule import RankSchedule
@@ -98,7 +98,7 @@ def one_of_two(rank: int, folder: Path) -> None:
         out = folder / str(rank) / name
         if name == "interrupted":
             out = folder / "both"
-            trainer._STOP_SECONDS = 0.0  # or a step takes too little time for a look in between
+            loop._STOP_SECONDS = 0.0  # or a step takes too little time for a look in between
             _, history = train(name, out, progress=interrupt)
             assert history.interrupted
             assert len(history.records) == 1

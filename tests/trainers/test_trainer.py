@@ -14,7 +14,7 @@ from converter.errors import StiefelError
 from converter.factors import factored_layers
 from converter.models import load
 from tests.trainers.networks import digits_network as network
-from trainers import trainer
+from trainers import loop
 from trainers.data import Data, load_data
 from trainers.distributed import World
 from trainers.evaluate import evaluate
@@ -211,7 +211,7 @@ def test_early_stop_waits_until_ranks_fall_no_more(data):
 
 def test_what_lower_ranks_lose_is_no_reason_to_stop(data, monkeypatch):
     found = iter([0.5, 0.8, 0.9, 0.9, 0.4, 0.5, 0.6, 0.7, 0.7, 0.7, 0.9])
-    monkeypatch.setattr(trainer._Training, "_evaluate", lambda self: (next(found), 1.0))
+    monkeypatch.setattr(loop.Training, "_evaluate", lambda self: (next(found), 1.0))
     schedule = RankSchedule(final="0.2", start=5, end=5, floor=1)
     history = train_local(
         network(), data, settings=settings(ranks=schedule, epochs=11, early_stop=2, lr=1e-12)
