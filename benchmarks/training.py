@@ -85,6 +85,7 @@ SCALES = {
     "medium": Scale(("smallconv", "vgg8*0.5", "resnet32"), 6000, 10),
     "full": Scale(("smallconv", "vgg13", "resnet32", "mobilenetv1"), None, 100),
 }
+NARROW = SSA(readout_layers=2, readout_width=32)
 TABLE = {
     "backpropagation, dense": Method(BP(), None),
     "backpropagation, factored": Method(BP()),
@@ -98,9 +99,15 @@ TABLE = {
     "SSA, layer-wise": Method(SSA()),
     "SSA, layer-wise, memory 0.5": Method(SSA(memory=0.5)),
     "SSA, layer-wise, linear read-outs": Method(SSA(readout_layers=0)),
-    "SSA, layer-wise, read-outs 32 wide": Method(SSA(readout_width=32)),
-    "SSA, layer-wise, 32 wide, memory 0": Method(SSA(readout_width=32, memory=0)),
-    "SSA, layer-wise, 32 wide, memory 0.5": Method(SSA(readout_width=32, memory=0.5)),
+    "SSA, layer-wise, two convolutions": Method(SSA(readout_layers=2)),
+    "SSA, layer-wise, two convolutions, memory 0.5": Method(SSA(readout_layers=2, memory=0.5)),
+    "SSA, layer-wise, two convolutions 32 wide": Method(NARROW),
+    "SSA, layer-wise, two convolutions 32 wide, memory 0": Method(
+        NARROW.model_copy(update={"memory": 0.0})
+    ),
+    "SSA, layer-wise, two convolutions 32 wide, memory 0.5": Method(
+        NARROW.model_copy(update={"memory": 0.5})
+    ),
     "SSA, layer-wise, rank falling": Method(SSA(), settings={"ranks": RankSchedule(final="0.25")}),
 }
 # One change at a time to the defaults, «SSA, layer-wise» above.
@@ -124,6 +131,7 @@ ABLATION = {
     "linear read-outs": TABLE["SSA, layer-wise, linear read-outs"],
     "linear read-outs, 2 layers to a block": Method(SSA(readout_layers=0, layers_per_block=2)),
     "one hidden layer": Method(SSA(readout_layers=1)),
+    "two hidden layers": Method(SSA(readout_layers=2)),
     "hidden layers 32 wide": Method(SSA(readout_width=32)),
     "rank 0.75": Method(SSA(), rank=0.75),
     "rank 0.25 from the start": Method(SSA(), rank=0.25),

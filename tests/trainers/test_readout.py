@@ -20,7 +20,7 @@ def _generator(seed: int = 0) -> torch.Generator:
 
 
 def _hidden(root, layers: int = 2) -> HiddenLayers:
-    return HiddenLayers(root, 8, layers, 10, _generator())
+    return HiddenLayers(root, 4, layers, 10, _generator())
 
 
 @pytest.mark.parametrize("layout", SHAPES)
@@ -33,27 +33,30 @@ def test_features_are_as_many_as_they_say(layout):
     torch.testing.assert_close(view(h), root.pooled(h, 4))
 
 
-@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("layers", [1, 2, 3, 4])
 @pytest.mark.parametrize("layout", ["map", "map-last"])
 def test_hidden_layers_are_convolutions_beside_the_averaged_map(layout, layers):
     root = make_root("h", (2, *SHAPES[layout]), IMAGE)
     view = Features(root, 4, _hidden(root, layers))
     maps = torch.randn(2, 6, 16, 16)
     averaged = expected = F.avg_pool2d(maps, 2)
-    for layer in view.hidden.layers:
+    for place, layer in enumerate(view.hidden.layers):
         assert layer.kernel_size == (3, 3)
+        if place == 2:  # the first two see twice the grid
+            averaged, expected = F.avg_pool2d(averaged, 2), F.avg_pool2d(expected, 2)
         expected = F.conv2d(expected, layer.weight, padding=1)
         variance, mean = torch.var_mean(expected, (0, 2, 3), correction=0, keepdim=True)
         expected = ((expected - mean) / (variance + 1e-5).sqrt()).relu()
-    expected = F.avg_pool2d(torch.cat([averaged, expected], 1), 2).flatten(1)
+    expected = F.adaptive_avg_pool2d(torch.cat([averaged, expected], 1), 4).flatten(1)
     h = maps if layout == "map" else maps.permute(0, 2, 3, 1)
     torch.testing.assert_close(view(h), expected)
     assert view.count == expected.shape[1] == (6 + 10) * 4 * 4
 
 
-def test_hidden_layers_on_a_map_smaller_than_the_grid_see_it_whole():
+@pytest.mark.parametrize("layers", [2, 4])
+def test_hidden_layers_on_a_map_smaller_than_the_grid_see_it_whole(layers):
     root = make_root("h", (2, 6, 2, 2), IMAGE)
-    view = Features(root, 4, _hidden(root))
+    view = Features(root, 4, _hidden(root, layers))
     assert view.hidden.output.shape == (16, 2, 2)
     assert view(torch.randn(5, 6, 2, 2)).shape == (5, view.count) == (5, (6 + 10) * 2 * 2)
 

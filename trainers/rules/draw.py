@@ -33,7 +33,7 @@ def draw_feedback(
         if not settings.readout_layers or not root.is_map or root.sides == (1, 1):
             return None
         size = (settings.readout_layers, settings.readout_width)
-        return HiddenLayers(root, 2 * settings.pool, *size, generator)
+        return HiddenLayers(root, settings.pool, *size, generator)
 
     views = choose_views(cuts, settings, ranks, hidden)
     fitted = iter(_fit(settings, network, cuts, views, example, num_classes))
