@@ -59,9 +59,9 @@ class Features(nn.Module):
 class HiddenLayers(nn.Module):
     """A map averaged to a grid, and beside it what 3x3 convolutions with norm and ReLU make of it.
 
-    Two of them see twice the grid, the others the grid itself, where a layer costs a quarter: depth
-    is what a deep network's early blocks lack, which otherwise ask for classes too soon (AugLocal,
-    Ma et al. 2024, arXiv 2402.17318, whose auxiliary networks grow alike).
+    Two of them see twice the grid, the others the grid itself, where a layer costs a quarter. What
+    a deep network's early blocks should give is features that many layers can work on: read-outs
+    are deep in their place (AugLocal, Ma et al. 2024, arXiv 2402.17318).
 
     Without norms they do harm: ResNet-20, cut in three, lost four points by it. The norms go by the
     batch in hand, always: read-outs serve training, and need no statistics for later.

@@ -108,6 +108,19 @@ def test_a_map_of_one_pixel_has_no_hidden_layers(images):
     assert state.views[0][0].hidden is None
 
 
+@pytest.mark.parametrize(
+    ("most", "first", "last"), [(None, 4, 2), (3, 3, 2), (1, 1, 1)], ids=["default", "three", "one"]
+)
+def test_read_outs_are_as_deep_as_the_layers_that_follow_are_many(
+    factored, images, most, first, last
+):
+    rule = make_rule(SSA(boundaries="units", readout_layers=most))
+    state = rule.init(factored("resnet20"), images, 5, _generator())
+    depths = [len(view.hidden.layers) for views in state.views[:-1] for view in views]
+    assert depths == sorted(depths, reverse=True)
+    assert (depths[0], depths[-1]) == (first, last)
+
+
 def test_tokens_and_flat_features_are_read_out_as_they_are(factored, images):
     network = factored("vit")
     rule = make_rule(SSA(readout_layers=2))

@@ -28,12 +28,14 @@ def draw_feedback(
     """
     ranks = [min(block_rank(network, block), num_classes) for block in cuts.blocks[:-1]]
 
-    def hidden(root: Root) -> HiddenLayers | None:
+    def hidden(index: int, root: Root) -> HiddenLayers | None:
         # A map of one pixel is a vector, and has nothing for a convolution to see.
         if not settings.readout_layers or not root.is_map or root.sides == (1, 1):
             return None
-        size = (settings.readout_layers, settings.readout_width)
-        return HiddenLayers(root, settings.pool, *size, generator)
+        # A read-out stands for the layers to come, and is deep where these are many.
+        following = sum(len(block.layers) for block in cuts.blocks[index + 1 :])
+        depth = min(settings.readout_layers, max(2, following // 3))
+        return HiddenLayers(root, settings.pool, depth, settings.readout_width, generator)
 
     views = choose_views(cuts, settings, ranks, hidden)
     fitted = iter(_fit(settings, network, cuts, views, example, num_classes))

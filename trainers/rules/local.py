@@ -65,22 +65,24 @@ def choose_views(
     cuts: Cuts,
     settings: FeedbackSettings,
     ranks: list[int],
-    hidden: Callable[[Root], HiddenLayers | None] = lambda root: None,
+    hidden: Callable[[int, Root], HiddenLayers | None] = lambda index, root: None,
 ) -> list[list[Features]]:
     """What is seen of each root: at `pool`, or coarser where its feedback would be too large.
 
     Args:
         ranks: of each block's feedback; the last block has none, and is seen as it is.
-        hidden: the layers that a root goes through first.
+        hidden: the layers that a root of the block of that index goes through first.
     """
 
-    def view(root: Root, rank: int) -> Features:
-        layers = hidden(root)
+    def view(index: int, root: Root, rank: int) -> Features:
+        layers = hidden(index, root)
         last = root if layers is None else layers.output
         return Features(root, last.grid(settings.pool, settings.readout // rank), layers)
 
-    pairs = zip(cuts.blocks[:-1], ranks, strict=True)
-    views = [[view(root, rank) for root in block.roots] for block, rank in pairs]
+    views = [
+        [view(index, root, rank) for root in block.roots]
+        for index, (block, rank) in enumerate(zip(cuts.blocks[:-1], ranks, strict=True))
+    ]
     return [*views, [Features(root, settings.pool) for root in cuts.blocks[-1].roots]]
 
 

@@ -43,9 +43,10 @@ class SSA(FeedbackSettings):
     readout_layers: int | None = Field(
         None,
         ge=0,
-        description="3x3 convolutions, learned locally, that read-out and similarity see beside a "
-        "map itself, the first two on twice the pool's grid; default 4 where feedback is learned "
-        "from a layerwise error, else 0",
+        description="most 3x3 convolutions, learned locally, that read-out and similarity see "
+        "beside a map itself, the first two on twice the pool's grid: one for every three layers "
+        "that follow the block, but two in any case; default 4 where feedback is learned from a "
+        "layerwise error, else 0",
     )
     readout_width: int = Field(64, ge=1, description="channels of these convolutions")
     cross_entropy: float | None = Field(
