@@ -131,7 +131,6 @@ ABLATION = {
     "linear read-outs": TABLE["SSA, layer-wise, linear read-outs"],
     "linear read-outs, 2 layers to a block": Method(SSA(readout_layers=0, layers_per_block=2)),
     "one hidden layer": Method(SSA(readout_layers=1)),
-    "two hidden layers": Method(SSA(readout_layers=2)),
     "hidden layers 32 wide": Method(SSA(readout_width=32)),
     "rank 0.75": Method(SSA(), rank=0.75),
     "rank 0.25 from the start": Method(SSA(), rank=0.25),
