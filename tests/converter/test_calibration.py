@@ -13,115 +13,13 @@ from converter.convert import convert, plan
 from converter.decompose import square_root
 from converter.errors import StiefelError
 from converter.factors import Factored, factored_layers
-from converter.flow import trace
 from converter.layers import find_layers, prepared
 from converter.moments import second_moments
 from converter.rank_plan import RankPlan
 from converter.reconstruction import reconstruct
-from converter.refinement import find_units, refine
-from converter.sensitivity import sensitivities
-from converter.zoo import ZOO
+from tests.converter.calibrated import CPU, NETS, OFF, QUICK, Moody, residual_net, settled, shrunk
 
-OFF = Calibration(
-    whitened=False, sequential=False, match_batch_norm=False, sensitivity=0, refine_steps=0
-)
 ALL = 10_000  # more positions than there are
-QUICK = Calibration(refine_steps=3, refine_batch=8)
-CPU = torch.device("cpu")
-
-
-class Block(nn.Module):
-    """A residual block of two convolutions, with or without batch norm."""
-
-    def __init__(self, width: int = 6, norm: bool = True):
-        super().__init__()
-        self.a = nn.Conv2d(width, width, 3, padding=1, bias=not norm)
-        self.b = nn.Conv2d(width, width, 3, padding=1, bias=not norm)
-        self.m = nn.BatchNorm2d(width) if norm else nn.Identity()
-        self.n = nn.BatchNorm2d(width) if norm else nn.Identity()
-
-    def forward(self, x):
-        h = self.n(self.b(self.m(self.a(x)).relu()))
-        return (x + h).relu()
-
-
-class Moody(nn.Module):
-    """Can't be traced: what it does depends on its input's values."""
-
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Linear(12, 16), nn.Linear(16, 5)
-
-    def forward(self, x):
-        h = self.a(x.flatten(1))
-        return self.b(h.relu() if h.sum() > -1e9 else h)
-
-
-class Constant(nn.Module):
-    """Tracing makes an attribute of the tensor that it makes anew each time."""
-
-    def forward(self, x):
-        return x * torch.tensor(2.0)
-
-
-def residual_net(norm: bool = True) -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(3, 6, 3, padding=1),
-        Block(6, norm),
-        Block(6, norm),
-        nn.AdaptiveAvgPool2d(2),
-        nn.Flatten(),
-        nn.Linear(24, 5),
-    )
-
-
-def attention_net() -> nn.Module:
-    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 2, 2), nn.Flatten(2), Turned(), layer, nn.Flatten(), nn.Linear(72, 5)
-    )
-
-
-class Turned(nn.Module):
-    def forward(self, x):
-        return x.mT
-
-
-NETS = {
-    "residual": residual_net,
-    "no batch norm": lambda: residual_net(norm=False),
-    "linear only": lambda: nn.Sequential(
-        nn.Flatten(), nn.Linear(108, 20), nn.ReLU(), nn.Linear(20, 5)
-    ),
-    "grouped": lambda: nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=2), nn.Flatten(), nn.Linear(32, 5)
-    ),
-    "attention": attention_net,
-    "constant": lambda: nn.Sequential(Constant(), *residual_net()),
-    "untraceable": lambda: nn.Sequential(nn.AvgPool2d(3), Moody()),
-}
-
-
-def settled(net: nn.Module) -> nn.Module:
-    """With batch norms that have seen data and have scales of their own."""
-    net.train()
-    for _ in range(3):
-        net(torch.randn(32, 3, 6, 6))
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.uniform_(module.bias, -0.5, 0.5)
-    return net.eval()
-
-
-@pytest.fixture
-def images() -> torch.Tensor:
-    return torch.randn(70, 3, 6, 6, generator=torch.Generator().manual_seed(1))
-
-
-def shrunk(net: nn.Module, images: torch.Tensor, settings: Calibration, **k) -> nn.Module:
-    made = plan(net, 0.3, calibration=images, settings=settings, **k)
-    return convert(net, made, calibration=images, settings=settings)
 
 
 def outputs_of(model: nn.Module, name: str, images: torch.Tensor) -> torch.Tensor:
@@ -322,85 +220,6 @@ def test_bad_images_are_refused(images):
         plan(net, 0.5, calibration=images[:0], example=images[:1])
 
 
-def test_refinement_brings_features_closer_and_leaves_proper_factors(images):
-    net = settled(residual_net())
-    small = shrunk(net, images, Calibration(refine_steps=0))
-    for p in small.parameters():
-        p.requires_grad_(False)
-    ready = prepared(net)
-    before, after = refine(ready, small, images, Calibration(refine_steps=90, refine_batch=16))
-    assert after < 0.96 * before
-    for layer in factored_layers(small).values():
-        eye = torch.eye(layer.rank)
-        torch.testing.assert_close(layer.U.mT @ layer.U, eye, rtol=0, atol=1e-5)
-        torch.testing.assert_close(layer.V.mT @ layer.V, eye, rtol=0, atol=1e-5)
-        assert (layer.S.diff() <= 0).all()
-        assert (layer.S >= 0).all()
-    assert not any(p.requires_grad or p.grad is not None for p in small.parameters())
-
-
-def test_refinement_that_leads_astray_is_undone(images):
-    net = settled(residual_net())
-    small = shrunk(net, images, Calibration(refine_steps=0))
-    state = copy.deepcopy(small.state_dict())
-    before, after = refine(prepared(net), small, images, Calibration(refine_lr=50, refine_steps=4))
-    assert after == before
-    assert all(torch.equal(value, state[key]) for key, value in small.state_dict().items())
-
-
-def test_units_are_the_residual_blocks_and_single_layers_of_plain_chains(images):
-    net = ZOO["resnet56"]().eval()
-    small = convert(net, plan(net, 0.5))
-    assert find_units(small)[:3] == ["conv1", "layer1.0", "layer1.1"]
-    assert len(find_units(small)) == 1 + 27 + 1
-    chain = nn.Sequential(*[nn.Linear(8, 8) for _ in range(9)])
-    assert find_units(convert(chain, plan(chain, 2))) == [str(i) for i in range(9)]
-
-
-def test_the_trace_finds_every_block_of_a_resnet(images):
-    net = ZOO["resnet20"]().eval()
-    names = [layer.name for layer in find_layers(net)]
-    flow = trace(net, names, torch.randn(2, 3, 32, 32))
-    blocks = [name for name in names if name.endswith("conv2")]
-    assert list(flow.residuals) == blocks
-    assert all(flow.residuals[n].norm == n.replace("conv2", "bn2") for n in blocks)
-    assert flow.normed == {n for n in names if "conv" in n}
-
-
-@pytest.mark.parametrize("name", ["untraceable", "constant"])
-def test_what_cannot_be_traced_for_a_copy_too_has_no_flow(name, images):
-    assert trace(NETS[name]().eval(), ["1.a"], images).graph is None
-
-
-def test_budgets_spare_the_layers_that_the_output_minds(images):
-    net = nn.Sequential(nn.Flatten(), nn.Linear(108, 20), nn.Linear(20, 20), nn.Linear(20, 5))
-    with torch.no_grad():
-        net[3].weight.mul_(0.01)
-    layers = find_layers(net.eval())
-    found = sensitivities(net, images, layers, Calibration(sensitivity=1.0), CPU)
-    twice = sensitivities(net, images.repeat(2, 1, 1, 1), layers, Calibration(), CPU)
-    assert set(found) == {"1", "2", "3"}
-    assert torch.tensor([*found.values()]).log().sum() == pytest.approx(0, abs=1e-4)
-    assert twice["2"] == pytest.approx(found["2"] ** 0.5, rel=0.3)
-    assert sensitivities(net, images, layers, OFF, CPU) == {}
-
-
-def test_sequences_are_minded_as_maps_one_pixel_high():
-    torch.manual_seed(0)
-    short = nn.Sequential(nn.Conv1d(3, 6, 3), nn.ReLU(), nn.Conv1d(6, 4, 3), nn.Flatten())
-    short.append(nn.Linear(24, 5))
-    flat = nn.Sequential(nn.Conv2d(3, 6, (1, 3)), nn.ReLU(), nn.Conv2d(6, 4, (1, 3)), nn.Flatten())
-    flat.append(nn.Linear(24, 5))
-    for one, other in zip(short.parameters(), flat.parameters(), strict=True):
-        other.data = one.data.reshape(other.shape)
-    x, settings = torch.randn(16, 3, 10), Calibration(sensitivity=1.0)
-    found = [
-        sensitivities(net.eval(), images, find_layers(net), settings, CPU)
-        for net, images in ((short, x), (flat, x.unsqueeze(2)))
-    ]
-    assert found[0] == pytest.approx(found[1], rel=1e-4)
-
-
 def test_tied_and_factored_layers_are_passed_over(images):
     net = residual_net(norm=False).eval()
     net[2].a.weight = net[1].a.weight
@@ -421,27 +240,6 @@ def test_reconstruction_alone_needs_no_refinement(images):
     gap = (small(images) - net(images)).square().mean()
     reconstruct(prepared(net), small, made, images, Calibration())
     assert (small(images) - net(images)).square().mean() < gap
-
-
-class Raw(nn.Module):
-    """Reads its layers' weights and never calls them."""
-
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Linear(12, 16), nn.Linear(16, 5)
-
-    def forward(self, x):
-        h = nn.functional.linear(x.flatten(1), self.a.weight, self.a.bias)
-        return nn.functional.linear(h.relu(), self.b.weight, self.b.bias)
-
-
-@pytest.mark.parametrize("rank", [2, "params=0.5"])
-def test_where_no_unit_is_called_there_is_nothing_to_refine(rank):
-    model, images = Raw(), torch.randn(16, 3, 2, 2)
-    made = plan(model, rank, calibration=images)
-    small = convert(model, made, calibration=images, settings=QUICK)
-    assert factored_layers(small)
-    assert refine(model, small, images, QUICK) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize("rank", [2, "params=0.5"])

@@ -8,8 +8,7 @@ from converter.errors import StiefelError
 from converter.specs import InputSpec, spec_of
 from stiefel.materials import build
 from stiefel.recipe import load_recipe, resolved, save_recipe
-
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+from tests.stiefel.command import RECIPES
 
 
 def write(folder: Path, text: str) -> Path:

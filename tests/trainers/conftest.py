@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from converter.convert import convert, plan
 from converter.zoo import ZOO, MobileNetV1, small_conv
+from tests.trainers.interrupting import InterruptAt, network, settings
+from trainers.data import Data, load_data
+from trainers.trainer import train_local
 
 
 def _resnet() -> nn.Module:
@@ -117,3 +120,16 @@ def parameters_behind() -> Callable[..., set[Tensor]]:
         return found
 
     return find
+
+
+@pytest.fixture(scope="module")
+def data() -> Data:
+    """A few digits to train and to test on."""
+    return load_data("digits", limit_train=96, limit_test=40)
+
+
+@pytest.fixture
+def interrupted(data, tmp_path):
+    """The folder of a run that was stopped in its first epoch."""
+    train_local(network(), data, settings=settings(), out=tmp_path, progress=InterruptAt(1, 2))
+    return tmp_path

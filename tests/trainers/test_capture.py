@@ -21,7 +21,6 @@ from converter.errors import StiefelError
 from tests.trainers.networks import digits_network as network
 from trainers import capture, loop
 from trainers.capture import WARM_UP, Recorded, RecordedStep, can_record
-from trainers.data import load_data
 from trainers.rank_schedule import RankSchedule
 from trainers.rules import BP, DFA, SSA, StepResult
 from trainers.settings import TrainSettings
@@ -171,11 +170,6 @@ def test_gradients_have_one_place_which_is_zeroed_where_they_were_cleared():
 )
 def test_which_steps_can_be_recorded(rule, device, processes, expected):
     assert can_record(rule, device, processes) is expected
-
-
-@pytest.fixture(scope="module")
-def data():
-    return load_data("digits", limit_train=96, limit_test=40)
 
 
 @pytest.fixture

@@ -1,56 +1,24 @@
 """A run that was interrupted and resumed equals one that wasn't, bit for bit."""
 
 import json
-import os
 import random
 import signal
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 
 from converter.checkpoints import load_factored
 from converter.errors import StiefelError
 from converter.factors import factored_layers
-from tests.trainers.networks import digits_network
-from trainers.data import Data, load_data
+from tests.trainers.interrupting import InterruptAt, network, settings
 from trainers.rank_schedule import RankSchedule
 from trainers.rules import BP, SSA
-from trainers.state import RunFolder
-from trainers.trainer import TrainSettings, train_local
+from trainers.trainer import train_local
 
 MOMENTARY = {"seconds", "images_per_s", "peak_memory_mib"}
-
-
-@pytest.fixture(scope="module")
-def data() -> Data:
-    return load_data("digits", limit_train=96, limit_test=40)
-
-
-network = partial(digits_network, dropout=0.2)
-
-
-def settings(**changes) -> TrainSettings:
-    plain = {"epochs": 3, "batch_size": 16, "log_every": 1, "device": "cpu", "retract_every": 2}
-    return TrainSettings(**{**plain, **changes})
-
-
-class InterruptAt:
-    """Sends a signal to this process when training reports a step, or an epoch done.
-
-    It is then in the middle of things, and stops after the step that follows.
-    """
-
-    def __init__(self, epoch: int, step: int | None, number: int = signal.SIGINT):
-        self.place, self.number = (epoch, step), number
-
-    def __call__(self, now: dict) -> None:
-        if (now["epoch"], now.get("step")) == self.place:
-            self.place = None
-            os.kill(os.getpid(), self.number)
 
 
 def assert_same(one, other, path="state"):
@@ -209,31 +177,6 @@ def test_the_log_holds_each_epoch_once_and_resuming_a_finished_run_trains_no_mor
     assert_same(dict(torch.load(tmp_path / "state.pt")["network"]), dict(model.state_dict()))
 
 
-def test_a_finished_run_stays_until_another_has_an_epoch_to_show(data, tmp_path):
-    rest = {"settings": settings(epochs=1, diagnostics=1), "out": tmp_path}
-    train_local(network(), data, **rest)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(
-        StiefelError, match=r"became nan by step \d of epoch 1; train anew, in another"
-    ):
-        train_local(network(), data, settings=settings(lr=1e30), out=tmp_path)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-    train_local(network(), data, settings=settings(epochs=1), out=tmp_path)
-    left = {path.name for path in tmp_path.iterdir()}
-    assert left == before.keys() - {"diagnostics.jsonl"}
-
-
-def test_the_log_is_json_even_where_a_figure_is_not_finite(data, tmp_path):
-    broken = network()
-    train_local(broken, data, settings=settings(epochs=1), out=tmp_path)
-    kept = RunFolder(tmp_path)
-    record = {"epoch": 1, "test_loss": float("nan"), "loss": float("inf")}
-    rest = {"rule_settings": {"name": "bp"}, "looks": [], "network": {}}
-    kept.write(broken, {"records": [record], **rest}, best=False)
-    found = json.loads(kept.log.read_text(), parse_constant=pytest.fail)
-    assert found == {"epoch": 1, "test_loss": None, "loss": None}
-
-
 def test_ranks_of_a_resumed_model_are_those_it_had_fallen_to(data, tmp_path):
     rule, changes = RUNS["falling ranks"]
     rest = {"rule": rule, "settings": settings(**changes), "out": tmp_path}
@@ -256,84 +199,6 @@ def test_a_model_that_is_cut_otherwise_than_the_run_s_is_refused(data, tmp_path)
     with pytest.raises(StiefelError, match="read-outs of other blocks than this model's: resume"):
         train_local(model, data, rule=rule, resume=True, **rest)
     assert_same(dict(model.state_dict()), dict(network().state_dict()))
-
-
-@pytest.fixture
-def interrupted(data, tmp_path):
-    train_local(network(), data, settings=settings(), out=tmp_path, progress=InterruptAt(1, 2))
-    return tmp_path
-
-
-@pytest.mark.parametrize(
-    ("model", "changes", "says"),
-    [
-        (lambda: network(width=32), {}, "of another architecture: 0.weight is .* in this model"),
-        (lambda: network(factored=False), {"rule": BP()}, "begun with rule=ssa, not bp"),
-        (network, {"settings": settings(lr=0.5)}, "begun with lr=0.002, not 0.5"),
-        (network, {"rule": SSA(pool=2)}, "begun with pool=4, not 2"),
-        (network, {"out": None}, "give the folder"),
-    ],
-)
-def test_resuming_something_else_is_one_clear_error(interrupted, data, model, changes, says):
-    before = (interrupted / "state.pt").read_bytes()
-    rest = {"settings": settings(), "out": interrupted, **changes}
-    with pytest.raises(StiefelError, match=says):
-        train_local(model(), data, resume=True, **rest)
-    assert (interrupted / "state.pt").read_bytes() == before
-
-
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        ({"name": "a.py:made"}, "begun on digits, not on a.py:made; resume as it was begun"),
-        ({"name": "fake:1x8x8"}, "begun on digits, not on fake; resume as it was begun"),
-        ({"tests": 39}, "begun with 40 test images, not with 39 test images; resume as"),
-        ({"teacher": False}, "begun with a teacher, not without a teacher; resume as it was begun"),
-        ({"shift": 1e-6}, "begun with the teacher of fingerprint .*, not with the teacher of"),
-        ({"images": 16}, "begun with 80 training images, not with 16 training images; resume as"),
-        ({"images": 96}, "begun with 80 training images, not with 96 training images; resume as"),
-        ({"classes": tuple("0123456789a")}, "begun with 10 classes, not with 11 classes; resume"),
-        ({"classes": tuple("0123456798")}, "begun with class 8 named '8', not with class 8 named"),
-    ],
-)
-def test_resuming_with_other_data_or_without_that_teacher_is_one_clear_error(
-    change, says, data, tmp_path
-):
-    def go_on(
-        teacher=True, shift=0.0, images=80, tests=40, classes=data.classes, name="digits", **rest
-    ):
-        dense = network(factored=False) if teacher else None
-        if shift:
-            dense[0].bias.data[0] += shift
-        train, test = Subset(data.train, range(images)), Subset(data.test, range(tests))
-        chosen = Data(train, test, classes, name)
-        rest = {"rule": SSA(feedback="fixed"), "settings": settings(), "out": tmp_path, **rest}
-        return train_local(network(), chosen, teacher=dense, **rest)
-
-    go_on(progress=InterruptAt(1, 2))
-    before = (tmp_path / "state.pt").read_bytes()
-    with pytest.raises(StiefelError, match=says) as refused:
-        go_on(resume=True, **change)
-    assert "\n" not in str(refused.value)
-    assert (tmp_path / "state.pt").read_bytes() == before
-    assert not go_on(resume=True).interrupted
-
-
-def test_a_run_goes_on_with_or_without_augmentation_as_it_began(interrupted):
-    plain = load_data("digits", limit_train=96, limit_test=40, augment=False)
-    with pytest.raises(StiefelError, match="begun with augmentation, not without augmentation"):
-        train_local(network(), plain, settings=settings(), out=interrupted, resume=True)
-
-
-def test_a_data_file_may_have_moved_and_no_other_factory_be_meant(data, tmp_path):
-    rest = {"settings": settings(), "out": tmp_path}
-    first = replace(data, name="/a/images.py:train")
-    train_local(network(), first, progress=InterruptAt(1, 2), **rest)
-    other = replace(data, name="/a/images.py:other")
-    with pytest.raises(StiefelError, match=r"on images.py:train, not on images.py:other; resume"):
-        train_local(network(), other, resume=True, **rest)
-    moved = replace(data, name="b/images.py:train")
-    assert not train_local(network(), moved, resume=True, **rest).interrupted
 
 
 class Torn(Dataset):
@@ -363,43 +228,3 @@ def test_an_epoch_whose_evaluation_fails_is_kept_and_needs_no_training_again(
     train_local(network(), replace(data, test=torn), resume=True, **heard, **rest)
     assert steps[:2] == [(1, None), (2, 1)]
     assert_same(uninterrupted("ssa"), torch.load(tmp_path / "state.pt", weights_only=True))
-
-
-def test_a_disk_that_fills_up_in_the_state_is_one_clear_error(data, tmp_path, monkeypatch):
-    def full(*arguments):
-        raise RuntimeError("[enforce fail at inline_container.cc] file write failed\nmore")
-
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(StiefelError, match=r"cannot write .*state\.pt: .*file write failed$"):
-        train_local(network(), data, settings=settings(epochs=1), out=tmp_path)
-    assert not [path for path in tmp_path.iterdir() if "state.pt" in path.name]
-
-
-def test_a_run_without_a_teacher_is_not_gone_on_with_one(interrupted, data):
-    rest = {"settings": settings(), "out": interrupted, "resume": True}
-    with pytest.raises(StiefelError, match="begun without a teacher, not with a teacher; resume"):
-        train_local(network(), data, teacher=network(factored=False), **rest)
-
-
-def test_the_state_of_an_earlier_version_is_refused_in_one_line(interrupted, data):
-    kept = torch.load(interrupted / "state.pt")
-    del kept["materials"]
-    torch.save({**kept, "format": "stiefel training state 3"}, interrupted / "state.pt")
-    with pytest.raises(StiefelError, match="is no training state of this version"):
-        train_local(network(), data, settings=settings(), out=interrupted, resume=True)
-
-
-def test_an_interrupted_run_is_not_thrown_away_by_starting_anew(interrupted, data):
-    before = (interrupted / "state.pt").read_bytes()
-    with pytest.raises(StiefelError, match="holds an interrupted run; resume it"):
-        train_local(network(), data, settings=settings(), out=interrupted)
-    assert (interrupted / "state.pt").read_bytes() == before
-
-
-def test_a_missing_or_damaged_state_is_one_clear_error(interrupted, data, tmp_path):
-    with pytest.raises(StiefelError, match="nothing to resume: there is no"):
-        train_local(network(), data, settings=settings(), out=tmp_path / "other", resume=True)
-    state = interrupted / "state.pt"
-    state.write_bytes(state.read_bytes()[:-1000])
-    with pytest.raises(StiefelError, match="is damaged"):
-        train_local(network(), data, settings=settings(), out=interrupted, resume=True)

@@ -8,15 +8,9 @@ from converter.convert import convert, plan
 from converter.cost import count_parameters
 from converter.errors import StiefelError
 from converter.factors import FactoredLinear
-from trainers.data import Data, load_data
 from trainers.rank_schedule import RankSchedule, look
 from trainers.rules import BP, SSA
 from trainers.trainer import TrainSettings, train_local
-
-
-@pytest.fixture(scope="module")
-def data() -> Data:
-    return load_data("digits", limit_train=96, limit_test=40)
 
 
 class Tied(nn.Module):
