@@ -85,7 +85,7 @@ SCALES = {
     "medium": Scale(("smallconv", "vgg8*0.5", "resnet32"), 6000, 10),
     "full": Scale(("smallconv", "vgg13", "resnet32", "mobilenetv1"), None, 100),
 }
-NARROW = SSA(readout_layers=2, readout_width=32)
+NARROW = {"readout_layers": 2, "readout_width": 32}
 TABLE = {
     "backpropagation, dense": Method(BP(), None),
     "backpropagation, factored": Method(BP()),
@@ -101,13 +101,9 @@ TABLE = {
     "SSA, layer-wise, linear read-outs": Method(SSA(readout_layers=0)),
     "SSA, layer-wise, two convolutions": Method(SSA(readout_layers=2)),
     "SSA, layer-wise, two convolutions, memory 0.5": Method(SSA(readout_layers=2, memory=0.5)),
-    "SSA, layer-wise, two convolutions 32 wide": Method(NARROW),
-    "SSA, layer-wise, two convolutions 32 wide, memory 0": Method(
-        NARROW.model_copy(update={"memory": 0.0})
-    ),
-    "SSA, layer-wise, two convolutions 32 wide, memory 0.5": Method(
-        NARROW.model_copy(update={"memory": 0.5})
-    ),
+    "SSA, layer-wise, two convolutions 32 wide": Method(SSA(**NARROW)),
+    "SSA, layer-wise, two convolutions 32 wide, memory 0": Method(SSA(**NARROW, memory=0)),
+    "SSA, layer-wise, two convolutions 32 wide, memory 0.5": Method(SSA(**NARROW, memory=0.5)),
     "SSA, layer-wise, rank falling": Method(SSA(), settings={"ranks": RankSchedule(final="0.25")}),
 }
 # One change at a time to the defaults, «SSA, layer-wise» above.
