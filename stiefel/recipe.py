@@ -147,7 +147,7 @@ def load_recipe(path: str | Path, changes: tuple[str, ...] = ()) -> Recipe:
         line = f", line {where.line + 1}" if where else ""
         reason = getattr(error, "problem", None) or error
         raise StiefelError(f"{path}{line}: not valid YAML: {reason}") from error
-    _refuse_second_values(node, path)
+    _refuse_misleading(node, path, within=())
     if not isinstance(document, dict):
         raise StiefelError(f"{path}: a recipe is a mapping of sections such as model: and convert:")
     for change in changes:
@@ -192,15 +192,22 @@ def _origin(
     return f"{path}, line {line}" if line else str(path)
 
 
-def _refuse_second_values(node: yaml.Node | None, path: Path) -> None:
-    """YAML takes the last of two values of one key, and says nothing."""
+def _refuse_misleading(node: yaml.Node | None, path: Path, within: tuple[yaml.Node, ...]) -> None:
+    """YAML takes the last of two values of one key, and an alias within what it names: silently."""
+    if any(node is outer for outer in within):
+        line = node.start_mark.line + 1
+        why = "an alias stands within what it names; write it out"
+        raise StiefelError(f"{path}, line {line}: {why}")
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _refuse_misleading(item, path, (*within, node))
     seen = set()
     for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
         if key.value in seen:
             line = key.start_mark.line + 1
             raise StiefelError(f"{path}, line {line}: '{key.value}' is there twice; leave one out")
         seen.add(key.value)
-        _refuse_second_values(value, path)
+        _refuse_misleading(value, path, (*within, node))
 
 
 def _refuse_second_homes(document: dict[str, Any], path: Path) -> None:

@@ -81,6 +81,10 @@ def test_changes_reach_nested_keys_and_switch_sections_off():
             "model: {name: zoo:mlp}\ntrain: {ranks: {floor: 3}}",
             "line 2: train.ranks: floor says how ranks fall: give final or energy too",
         ),
+        ("model: {name: zoo:mlp}\ntrain:\n  early_stop: yes", "early_stop is a number, not yes"),
+        ("model: {name: zoo:mlp}\ntrain: {rule: {name: ssa, readout_layers: off}}", "not no"),
+        ("name: x\nmodel: &m {name: zoo:mlp, args: *m}", "line 2: an alias stands within what it"),
+        ("model: {name: zoo:mlp, args: {a: &a [*a]}}", "line 1: an alias stands within what it"),
         ("- a\n- b", "a recipe is a mapping"),
         ("model: {name: [", "not valid YAML"),
     ],
@@ -91,6 +95,12 @@ def test_a_faulty_recipe_is_refused_by_name(tmp_path, text, message):
     assert message in str(caught.value)
     assert "recipe.yaml" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_an_alias_may_stand_beside_what_it_names(tmp_path):
+    text = "model: {name: zoo:mlp}\npretrain: &short {epochs: 2}\ntrain: *short"
+    recipe = load_recipe(write(tmp_path, text))
+    assert recipe.pretrain.epochs == recipe.train.epochs == 2
 
 
 def test_a_recipe_that_is_not_there_is_named(tmp_path):
