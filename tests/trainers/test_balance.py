@@ -1,7 +1,9 @@
 """Balanced blocks: units joined as far as the largest one's memory allows, and no further."""
 
 import gc
+from functools import cache
 from itertools import pairwise
+from math import inf
 
 import pytest
 import torch
@@ -64,7 +66,9 @@ def test_balanced_blocks_are_units_joined_as_far_as_the_largest_allows(
 
 @pytest.mark.parametrize("share", [0.25, 0.4, 0.7, 1.0])
 @pytest.mark.parametrize("name", ["smallconv", "resnet20", "densenet", "vit"])
-def test_a_share_of_the_memory_widens_blocks_as_far_as_it_goes(name, share, factored, images):
+def test_a_share_of_the_memory_makes_the_fewest_blocks_at_their_least_peak(
+    name, share, factored, images
+):
     network = factored(name)
     units, wider = (
         cut(network, images, settings)
@@ -73,13 +77,25 @@ def test_a_share_of_the_memory_widens_blocks_as_far_as_it_goes(name, share, fact
     alone = saved_by_blocks(network, units, images)
     need = Need(network, units, images)
     most = max(*alone, share * need(0, len(units.blocks) - 1))
-    assert max(saved_by_blocks(network, wider, images)) <= most
-    ends = [block.layers[-1] for block in units.blocks]
-    places = [-1, *(ends.index(block.layers[-1]) for block in wider.blocks)]
-    for before, last in pairwise(places):
-        assert before < 0 or need(before, last) > most
+    peak = max(saved_by_blocks(network, wider, images))
+    assert (len(wider.blocks), peak) == fewest_then_least(need, len(units.blocks), most)
     if share == 1:
         assert len(wider.blocks) == 1
+
+
+def fewest_then_least(need: Need, units: int, most: float) -> tuple[int, int]:
+    """The fewest blocks of at most so much, and the least peak of so many, of all cuts."""
+
+    @cache
+    def best(first: int) -> tuple[float, int]:
+        found = [(inf, 0)] if first < units else [(0, 0)]
+        for last in range(first, units):
+            if (own := need(first, last)) <= most:
+                blocks, peak = best(last + 1)
+                found.append((blocks + 1, max(own, peak)))
+        return min(found)
+
+    return best(0)
 
 
 def test_memory_is_shared_out_among_balanced_blocks_only(factored, images):

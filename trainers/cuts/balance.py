@@ -5,6 +5,8 @@ the memory unused that an early one needs; joined, they are trained together, cl
 """
 
 from collections import ChainMap
+from collections.abc import Callable, Iterator
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +21,11 @@ from trainers.looking import in_mode, undisturbed
 def balanced_ends(
     network: nn.Module, traced: Traced, ends: list[int], example: Tensor, share: float = 0.0
 ) -> list[int]:
-    """Leave out every cut whose two sides together need no more memory than is needed anyway.
+    """The fewest blocks that the bound on memory allows, and of their cuts those of least peak.
 
-    From the output backwards, so that the last block, which the labels reach, is as wide as can be.
+    A bound on the largest block's need is met by the fewest blocks when units are joined from the
+    output backwards, as far as each block goes; so the last block, which the labels reach, is wide.
+    The bound is then lowered for as long as that takes no block more.
 
     Args:
         network: the traced one.
@@ -32,17 +36,32 @@ def balanced_ends(
             largest unit needs less.
     """
     segments = make_segments(traced, ends)
-    need = Need(network, TracedCuts(traced, segments), example)
-    units = range(len(segments))
-    largest = max(need(unit, unit) for unit in units)
-    most = max(largest, share * need(0, units[-1]))
-    kept, last = [], units[-1]
-    for unit in reversed(units[:-1]):
-        if need(unit, last) > most:
-            kept.append(segments[unit].end)
-            last = unit
+    need = cache(Need(network, TracedCuts(traced, segments), example))
+    count = len(segments)
+    largest = max(need(unit, unit) for unit in range(count))
+    firsts = _joined(need, count, max(largest, share * need(0, count - 1)))
+    while (peak := max(need(*block) for block in _spans(firsts, count))) > largest:
+        lower = _joined(need, count, peak - 1)
+        if len(lower) > len(firsts):
+            break
+        firsts = lower
     hidden = [s.hidden for s in segments if s.hidden is not None]
-    return [*reversed(kept), *hidden]
+    return [*(segments[first - 1].end for first in firsts[1:]), *hidden]
+
+
+def _joined(need: Callable[[int, int], int], count: int, most: float) -> list[int]:
+    """The first unit of each block, where no block of several units needs more than `most`."""
+    firsts, last = [], count - 1
+    for unit in reversed(range(count)):
+        if unit == 0 or need(unit - 1, last) > most:
+            firsts.append(unit)
+            last = unit - 1
+    return firsts[::-1]
+
+
+def _spans(firsts: list[int], count: int) -> Iterator[tuple[int, int]]:
+    """First and last unit of each block."""
+    return zip(firsts, [first - 1 for first in firsts[1:]] + [count - 1], strict=True)
 
 
 class Need:

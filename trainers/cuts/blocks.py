@@ -25,8 +25,8 @@ class CutSettings(Settings):
     boundaries: Literal["balanced", "units", "layers"] = Field(
         "balanced",
         description="cut where exactly one tensor is live, as between residual units, and join "
-        "units as far as memory allows (balanced); join none (units); or cut after every layer, "
-        "residual streams being detached too (layers)",
+        "units to the fewest blocks that memory allows (balanced); join none (units); or cut after "
+        "every layer, residual streams being detached too (layers)",
     )
     memory: float = Field(
         0.25,
