@@ -150,6 +150,7 @@ ABLATION = {
 @click.option("--batch", default=128, show_default=True, help="images to a step")
 @click.option("--seeds", default=3, show_default=True)
 @click.option("--select", is_flag=True, help="choose rates on held-back training images")
+@click.option("--lr", "rates", type=float, multiple=True, help="not each method's own rate")
 @click.option(
     "--data", required=True, help="cifar10:DIR, imagefolder:DIR, cifar100:DIR, fake:3x32x32 …"
 )
@@ -158,7 +159,20 @@ ABLATION = {
 @click.option("--jobs", default=1, show_default=True, help="trainings at a time")
 @click.option("--out", type=click.Path(path_type=Path), help="the JSON file of the rows")
 def main(
-    kind, scale, networks, methods, epochs, batch, seeds, select, data, device, precision, jobs, out
+    kind,
+    scale,
+    networks,
+    methods,
+    epochs,
+    batch,
+    seeds,
+    select,
+    rates,
+    data,
+    device,
+    precision,
+    jobs,
+    out,
 ) -> None:
     size = replace(SCALES[scale], epochs=epochs or SCALES[scale].epochs)
     name = f"training-{kind}-{scale}" + ("-selection" if select else "")
@@ -179,7 +193,8 @@ def main(
         for network in networks or size.networks:
             for label in asked_for:
                 method = rows[label]
-                for lr in RATES if select else (method.lr_of.get(network, method.lr),):
+                own = RATES if select else (method.lr_of.get(network, method.lr),)
+                for lr in rates or own:
                     plain = {"batch_size": batch, "precision": precision, "lr": lr}
                     plain |= {"epochs": size.epochs, "seed": seed, "device": device}
                     settings = TrainSettings(**plain | method.settings)

@@ -43,6 +43,21 @@ def test_rates_are_chosen_on_training_images_held_back(tmp_path, monkeypatch):
     assert seen == [SCALES["tiny"].held_back]
 
 
+@pytest.mark.parametrize("select", [(), ("--select",)])
+def test_rates_may_be_given(select, tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(
+        training,
+        "_trained",
+        lambda network, method, settings, *_: trained.append(settings.lr) or {"accuracy": 1.0},
+    )
+    monkeypatch.setattr(training, "_table", lambda study: "")
+    monkeypatch.setattr(training, "_draw", lambda *_: None)
+    assert run(tmp_path / "t.json", *select, "--lr", "0.1", "--lr", "0.2").exit_code == 0
+    assert trained == [0.1, 0.2, 0.1, 0.2]
+    assert [row["lr"] for row in json.loads((tmp_path / "t.json").read_text())["rows"]] == trained
+
+
 def test_half_a_training_is_no_row(tmp_path, monkeypatch):
     history = History(records=[], best_accuracy=0.0, interrupted=True)
     monkeypatch.setattr(training, "train_local", lambda *_, **__: history)
