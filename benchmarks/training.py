@@ -98,6 +98,7 @@ TABLE = {
     ),
     "SSA, layer-wise": Method(SSA()),
     "SSA, layer-wise, memory 0.5": Method(SSA(memory=0.5)),
+    "SSA, layer-wise, memory 0.55": Method(SSA(memory=0.55)),
     "SSA, layer-wise, linear read-outs": Method(SSA(readout_layers=0)),
     "SSA, layer-wise, two convolutions": Method(SSA(readout_layers=2)),
     "SSA, layer-wise, two convolutions, memory 0.5": Method(SSA(readout_layers=2, memory=0.5)),
