@@ -77,22 +77,28 @@ def test_a_share_of_the_memory_makes_the_fewest_blocks_at_their_least_peak(
     alone = saved_by_blocks(network, units, images)
     need = Need(network, units, images)
     most = max(*alone, share * need(0, len(units.blocks) - 1))
-    peak = max(saved_by_blocks(network, wider, images))
-    assert (len(wider.blocks), peak) == fewest_then_least(need, len(units.blocks), most)
+    needs = saved_by_blocks(network, wider, images)
+    assert max(needs) <= most
+    peak = max([*(1.05 * own for own in needs[:-1]), needs[-1]])
+    assert (len(needs), peak) == fewest_then_least(need, len(units.blocks), most)
     if share == 1:
         assert len(wider.blocks) == 1
 
 
-def fewest_then_least(need: Need, units: int, most: float) -> tuple[int, int]:
-    """The fewest blocks of at most so much, and the least peak of so many, of all cuts."""
+def fewest_then_least(need: Need, units: int, most: float) -> tuple[float, float]:
+    """The fewest blocks of at most so much, and the least peak of so many, of all cuts.
+
+    In the peak every block but the last counts a twentieth more.
+    """
 
     @cache
-    def best(first: int) -> tuple[float, int]:
+    def best(first: int) -> tuple[float, float]:
         found = [(inf, 0)] if first < units else [(0, 0)]
         for last in range(first, units):
             if (own := need(first, last)) <= most:
                 blocks, peak = best(last + 1)
-                found.append((blocks + 1, max(own, peak)))
+                beside = 1.05 if last < units - 1 else 1.0
+                found.append((blocks + 1, max(beside * own, peak)))
         return min(found)
 
     return best(0)

@@ -5,7 +5,7 @@ the memory unused that an early one needs; joined, they are trained together, cl
 """
 
 from collections import ChainMap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -23,9 +23,10 @@ def balanced_ends(
 ) -> list[int]:
     """The fewest blocks that the bound on memory allows, and of their cuts those of least peak.
 
-    A bound on the largest block's need is met by the fewest blocks when units are joined from the
-    output backwards, as far as each block goes; so the last block, which the labels reach, is wide.
-    The bound is then lowered for as long as that takes no block more.
+    The fewest blocks within a bound are had by joining units from the output backwards, each block
+    as far as it goes; so the last one, which the labels reach, is wide. The peak is then lowered
+    for as long as that takes no block more. In it every block but the last counts a twentieth more,
+    as it has a read-out beside.
 
     Args:
         network: the traced one.
@@ -37,31 +38,33 @@ def balanced_ends(
     """
     segments = make_segments(traced, ends)
     need = cache(Need(network, TracedCuts(traced, segments), example))
-    count = len(segments)
-    largest = max(need(unit, unit) for unit in range(count))
-    firsts = _joined(need, count, max(largest, share * need(0, count - 1)))
-    while (peak := max(need(*block) for block in _spans(firsts, count))) > largest:
-        lower = _joined(need, count, peak - 1)
-        if len(lower) > len(firsts):
+    last = len(segments) - 1
+    most = max(share * need(0, last), *(need(unit, unit) for unit in range(last + 1)))
+
+    def held(block: tuple[int, int]) -> float:
+        return need(*block) * (1.0 if block[1] == last else 1.05)
+
+    blocks = _joined(last, lambda block: need(*block) <= most)
+    while True:
+        peak = max(map(held, blocks))
+        lower = _joined(last, lambda block, peak=peak: need(*block) <= most and held(block) < peak)
+        if len(lower) > len(blocks) or max(map(held, lower)) >= peak:
             break
-        firsts = lower
+        blocks = lower
     hidden = [s.hidden for s in segments if s.hidden is not None]
-    return [*(segments[first - 1].end for first in firsts[1:]), *hidden]
+    return [*(segments[end].end for _, end in blocks[:-1]), *hidden]
 
 
-def _joined(need: Callable[[int, int], int], count: int, most: float) -> list[int]:
-    """The first unit of each block, where no block of several units needs more than `most`."""
-    firsts, last = [], count - 1
-    for unit in reversed(range(count)):
-        if unit == 0 or need(unit - 1, last) > most:
-            firsts.append(unit)
-            last = unit - 1
-    return firsts[::-1]
-
-
-def _spans(firsts: list[int], count: int) -> Iterator[tuple[int, int]]:
-    """First and last unit of each block."""
-    return zip(firsts, [first - 1 for first in firsts[1:]] + [count - 1], strict=True)
+def _joined(last: int, fits: Callable[[tuple[int, int]], bool]) -> list[tuple[int, int]]:
+    """Units 0..last as blocks (first, last unit) that fit, unless they are of a single unit."""
+    blocks = [(last, last)]
+    for unit in reversed(range(last)):
+        wider = (unit, blocks[-1][1])
+        if fits(wider):
+            blocks[-1] = wider
+        else:
+            blocks.append((unit, unit))
+    return blocks[::-1]
 
 
 class Need:
