@@ -61,6 +61,7 @@ from trainers.distributed import is_main_process
 from trainers.evaluate import evaluate
 from trainers.rank_schedule import look, shortfall
 from trainers.rules import BP, DFA, SSA
+from trainers.rules.idle import idle
 from trainers.trainer import TrainSettings, train_local
 
 RULES = {"ssa": SSA, "dfa": DFA, "bp": BP}
@@ -205,6 +206,8 @@ def train_command(path: Path, rule: str, **values: Any) -> None:
         raise click.UsageError(f"--teacher is not for --rule {rule}")
     data = open_data(data_section(values), model, seed=settings.seed)
     teacher = values["teacher"] and load_teacher(values["teacher"], model, console.note)
+    for remark in idle(chosen, resolve_device(settings.device)) if is_main_process() else ():
+        console.note(remark)
     with console.training("train") as progress:
         history = train_local(
             model,

@@ -35,6 +35,7 @@ from trainers.evaluate import evaluate
 from trainers.memory import activation_memory_mib
 from trainers.rank_schedule import look, shortfall
 from trainers.rules import BP
+from trainers.rules.idle import idle
 from trainers.trainer import History, TrainSettings, train_local
 
 # The training batch whose activations are weighed: small enough for any machine, scales linearly.
@@ -135,6 +136,8 @@ class Road:
             # Training is in place, and a model has nothing to learn from itself.
             model, teacher = load_any(self.folder / "dense.safetensors"), None
         settings = TrainSettings(**section.model_dump(exclude={"rule", "teach"}))
+        for remark in idle(section.rule, self.device):
+            self.console.note(remark)
         history = self._train("training", model, section.rule, settings, teacher)
         if missed := shortfall(settings.ranks, look(model)):
             self.console.note(missed)

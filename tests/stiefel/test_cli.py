@@ -109,6 +109,15 @@ def test_a_latency_budget_is_measured_with_the_batch_that_is_asked_for(dense, mo
     assert seen == [1, 6]
 
 
+def test_training_tells_of_settings_that_change_nothing(small, tmp_path):
+    result = stiefel(
+        *("train-local", small, "--data", "digits", "--limit-train", 200, "--epochs", 1),
+        *("--device", "cpu", "--overlap", 2, "-o", tmp_path / "trained.safetensors"),
+    )
+    assert result.exit_code == 0, result.output
+    assert "note: overlap 2 is for one GPU" in result.stderr
+
+
 def test_train_export_evaluate_inspect_and_bench_take_on_what_convert_wrote(dense, small, tmp_path):
     trained, onnx = tmp_path / "trained.safetensors", tmp_path / "small.onnx"
     (tmp_path / "trained.run").mkdir()

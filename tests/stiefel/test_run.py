@@ -232,3 +232,10 @@ def test_a_model_whose_output_is_not_finite_ends_the_run_by_the_stage_s_name(tmp
     sections = {"model": {"checkpoint": str(tmp_path / "nan.safetensors")}, "data": QUICK["data"]}
     with pytest.raises(StiefelError, match="^dense: the model's output isn't finite; no figure"):
         running.run(Recipe.model_validate(sections), tmp_path / "run", Console())
+
+
+def test_the_run_tells_of_settings_that_change_nothing(tmp_path, capsys):
+    recipe = QUICK | {"train": {"epochs": 1, "rule": {"name": "ssa", "storage": "recomputed"}}}
+    sections = {key: value for key, value in recipe.items() if key not in ("export", "bench")}
+    running.run(Recipe.model_validate(sections), tmp_path / "run", Console())
+    assert "note: storage recomputed is for" in capsys.readouterr().err

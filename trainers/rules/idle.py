@@ -1,0 +1,21 @@
+"""Settings that say nothing about the training at hand, which its user should know."""
+
+from collections.abc import Iterator
+
+import torch
+
+from trainers.distributed import World
+from trainers.rules import SSA, RuleSettings
+
+
+def idle(rule: RuleSettings, device: torch.device) -> Iterator[str]:
+    """In one line each, what is set and changes nothing where this rule trains.
+
+    Nothing is refused for it: a recipe for a GPU is tried on a CPU, and a study goes over values.
+    """
+    if not isinstance(rule, SSA):
+        return
+    if rule.overlap > 1 and (device.type != "cuda" or World.here().size > 1):
+        yield f"overlap {rule.overlap} is for one GPU and one process: blocks are trained in turn"
+    if rule.storage == "recomputed" and rule.error == "layerwise" and not rule.lookahead:
+        yield "storage recomputed is for error global or a lookahead: nothing is stored here anyway"
