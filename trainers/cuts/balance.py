@@ -7,6 +7,7 @@ the memory unused that an early one needs; joined, they are trained together, cl
 from collections import ChainMap
 from collections.abc import Callable
 from functools import cache
+from math import inf
 
 import torch
 from torch import Tensor, nn
@@ -44,10 +45,13 @@ def balanced_ends(
     def held(block: tuple[int, int]) -> float:
         return need(*block) * (1.0 if block[1] == last else 1.05)
 
-    blocks = _joined(last, lambda block: need(*block) <= most)
+    def below(peak: float) -> list[tuple[int, int]]:
+        return _joined(last, lambda block: need(*block) <= most and held(block) < peak)
+
+    blocks = below(inf)
     while True:
         peak = max(map(held, blocks))
-        lower = _joined(last, lambda block, peak=peak: need(*block) <= most and held(block) < peak)
+        lower = below(peak)
         if len(lower) > len(blocks) or max(map(held, lower)) >= peak:
             break
         blocks = lower
