@@ -57,7 +57,7 @@ from stiefel.run_folder import STATE, default_folder, resume_command
 from trainers.cuts import CutSettings, describe_cuts
 from trainers.data import images
 from trainers.device import resolve_device
-from trainers.distributed import is_main_process
+from trainers.distributed import is_main_process, process_count
 from trainers.evaluate import evaluate
 from trainers.rank_schedule import look, shortfall
 from trainers.rules import BP, DFA, SSA
@@ -206,8 +206,9 @@ def train_command(path: Path, rule: str, **values: Any) -> None:
         raise click.UsageError(f"--teacher is not for --rule {rule}")
     data = open_data(data_section(values), model, seed=settings.seed)
     teacher = values["teacher"] and load_teacher(values["teacher"], model, console.note)
-    for remark in idle(chosen, resolve_device(settings.device)) if is_main_process() else ():
-        console.note(remark)
+    if is_main_process():
+        for remark in idle(chosen, resolve_device(settings.device), process_count()):
+            console.note(remark)
     with console.training("train") as progress:
         history = train_local(
             model,

@@ -31,6 +31,7 @@ from stiefel.recipe import Recipe, resolved
 from stiefel.run_folder import keep, open_folder
 from trainers.data import images
 from trainers.device import resolve_device
+from trainers.distributed import process_count
 from trainers.evaluate import evaluate
 from trainers.memory import activation_memory_mib
 from trainers.rank_schedule import look, shortfall
@@ -136,7 +137,7 @@ class Road:
             # Training is in place, and a model has nothing to learn from itself.
             model, teacher = load_any(self.folder / "dense.safetensors"), None
         settings = TrainSettings(**section.model_dump(exclude={"rule", "teach"}))
-        for remark in idle(section.rule, self.device):
+        for remark in idle(section.rule, self.device, process_count()):
             self.console.note(remark)
         history = self._train("training", model, section.rule, settings, teacher)
         if missed := shortfall(settings.ranks, look(model)):

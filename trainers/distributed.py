@@ -99,6 +99,11 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
+def process_count() -> int:
+    """How many processes torchrun started, before training too; one where it started none."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 @contextmanager
 def join_world(device: torch.device) -> Iterator[World]:
     """The processes that torchrun started, or this one alone.

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from trainers.distributed import process_count
 from trainers.rules import BP, DFA, SSA
 from trainers.rules.idle import idle
 
@@ -24,13 +25,16 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
     ],
 )
 def test_what_changes_nothing_is_told(rule, device, told):
-    lines = list(idle(rule, device))
+    lines = list(idle(rule, device, processes=1))
     assert len(lines) == len(told)
     for line, start in zip(lines, told, strict=True):
         assert line.startswith(start)
 
 
 def test_among_processes_blocks_are_trained_in_turn(monkeypatch):
-    world = type("World", (), {"size": 2})()
-    monkeypatch.setattr("trainers.rules.idle.World.here", lambda: world)
-    assert len(list(idle(SSA(overlap=2), GPU))) == 1
+    """It is told before they have met, so torchrun's environment says how many they are."""
+    assert process_count() == 1
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert process_count() == 2
+    assert len(list(idle(SSA(overlap=2), GPU, process_count()))) == 1

@@ -137,7 +137,7 @@ def side_by_side(monkeypatch, images, labels):
         monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: device.current)
         monkeypatch.setattr(torch.cuda, "stream", device.stream)
         monkeypatch.setattr(overlap, "_streams", lambda *_: device.streams)
-        monkeypatch.setattr("trainers.rules.ssa.has_streams", lambda x: True)
+        monkeypatch.setattr("trainers.rules.ssa.has_streams", lambda *_: True)
         torch.manual_seed(3)
         gc.collect()
         with device:

@@ -12,15 +12,14 @@ from torch import Tensor, nn
 
 from trainers.cuts import Cuts
 from trainers.cuts.traced import TracedCuts
-from trainers.distributed import World
 from trainers.rules.interface import StepResult
 from trainers.rules.local import Batch, backward
 from trainers.rules.passes import BlockLoss, step_result
 
 
-def has_streams(x: Tensor) -> bool:
-    """Whether blocks may be at work at once where x is; processes would wait for each other."""
-    return x.is_cuda and World.here().size == 1
+def has_streams(device: torch.device, processes: int) -> bool:
+    """Whether blocks may be at work at once there; processes would wait for each other."""
+    return device.type == "cuda" and processes == 1
 
 
 def independent(cuts: Cuts) -> bool:

@@ -65,7 +65,7 @@ class SVDSpaceAlignment:
         settings, block_loss = state.settings, _Composite(state, x, batch)
         if settings.error == "global":
             run = GLOBAL_PASSES[settings.storage]
-        elif state.overlaps and has_streams(x):
+        elif state.overlaps and has_streams(x.device, World.here().size):
             run = partial(overlapped_pass, count=settings.overlap)
         else:
             run = immediate_pass
