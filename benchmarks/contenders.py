@@ -27,7 +27,7 @@ RULES: dict[str, tuple[str, RuleSettings]] = {
     ),
     "ssa": ("factored", SSA()),
     "ssa, memory 0": ("factored", SSA(memory=0)),
-    "ssa, memory 0.55": ("factored", SSA(memory=0.55)),
+    "ssa, memory 0.25": ("factored", SSA(memory=0.25)),
     "ssa, linear read-outs": ("factored", SSA(readout_layers=0)),
     "ssa, two convolutions": ("factored", SSA(readout_layers=2)),
     "ssa, read-outs 32 wide": ("factored", SSA(readout_width=32)),

@@ -50,12 +50,13 @@ from matplotlib import pyplot as plt
 BASE = "backprop"
 DEPTHS = (20, 32, 44, 56, 110)
 WIDTHS = (16, 32, 64, 128)
-SWEPT = ("backprop, dense", "backprop", "dfa, stored", "ssa", "ssa, memory 0")
+SWEPT = ("backprop, dense", "backprop", "dfa, stored", "ssa", "ssa, memory 0.25", "ssa, memory 0")
 # With a thousand classes each contender weighs gigabytes, optimizer included.
 HEAVY = (
     "backprop, dense",
     "backprop",
     "ssa",
+    "ssa, memory 0.25",
     "ssa, memory 0",
     "ssa, linear read-outs",
     "ssa, cut at layers",
@@ -301,7 +302,8 @@ def _cells(row: dict[str, Any], rows: list[dict[str, Any]], recorded: bool) -> l
 def _draw(result: dict[str, Any], path: Path) -> None:
     """Memory and time against depth and width, one line a rule."""
     figure, axes = plt.subplots(2, 2, figsize=(9, 6), layout="constrained")
-    colours = dict(zip(SWEPT, ("#c9d1d6", "#5b6770", "#d08c3c", "#0f7c8a", "#8cc9d1"), strict=True))
+    shades = ("#c9d1d6", "#5b6770", "#d08c3c", "#0b4f5a", "#0f7c8a", "#8cc9d1")
+    colours = dict(zip(SWEPT, shades, strict=True))
     for column, part in enumerate(("depth", "width")):
         places = [int(key) for key in result[part]]
         for rule in SWEPT:

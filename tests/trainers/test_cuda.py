@@ -35,12 +35,12 @@ RULES = {
     "bp": BP(),
     "dfa": DFA(),
     "layer-wise": SSA(),
-    "layer-wise, all terms": SSA(alpha=0.1, beta=0.1, cosine=0.1, hoyer=0.1),
-    "layer-wise, kolen-pollack": SSA(feedback="kolen-pollack"),
-    "layer-wise, two blocks at once": SSA(overlap=2),
+    "layer-wise, all terms": SSA(memory=0, alpha=0.1, beta=0.1, cosine=0.1, hoyer=0.1),
+    "layer-wise, kolen-pollack": SSA(memory=0, feedback="kolen-pollack"),
+    "layer-wise, two blocks at once": SSA(overlap=2, memory=0),
     "layer-wise, four at once": SSA(overlap=4, boundaries="units", cosine=0.1),
-    "global": SSA(error="global"),
-    "global, recomputed": SSA(error="global", storage="recomputed"),
+    "global": SSA(memory=0, error="global"),
+    "global, recomputed": SSA(memory=0, error="global", storage="recomputed"),
 }
 RECORDED = {name: rule for name, rule in RULES.items() if can_record(rule, CUDA, 1)}
 

@@ -26,17 +26,21 @@ NAMES = [
     "shared",
 ]
 UNITS = CutSettings(boundaries="units")
+LAYERS = CutSettings(boundaries="layers")
+SMALL = CutSettings(memory=0)  # balanced, and more blocks than by default
 
 
-@pytest.mark.parametrize("boundaries", ["balanced", "units", "layers"])
+@pytest.mark.parametrize(
+    "settings", [CutSettings(), SMALL, UNITS, LAYERS], ids=["default", "small", "units", "layers"]
+)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("form", ["dense", "factored"])
 def test_no_graph_crosses_a_cut_and_every_parameter_has_a_block(
-    name, form, boundaries, request, images, parameters_behind
+    name, form, settings, request, images, parameters_behind
 ):
     network = request.getfixturevalue(form)(name)
-    cuts = cut(network, images, CutSettings(boundaries=boundaries))
-    assert len(cuts.blocks) > (boundaries != "balanced")
+    cuts = cut(network, images, settings)
+    assert len(cuts.blocks) > 1
     everything: set[Tensor] = set()
 
     def visit(index, roots, logits):
@@ -58,14 +62,14 @@ def test_blocks_compute_what_the_network_computes(name, factored, images):
         for module in network.modules():
             if type(module).__name__ == "StochasticDepth":
                 module.p = 0.0
-    cuts = cut(network, images, CutSettings())
+    cuts = cut(network, images, SMALL)
     with torch.no_grad():
         torch.testing.assert_close(cuts.run(images, lambda *_: None), network(images))
 
 
 def test_batch_norm_sees_each_batch_once(factored, images):
     blockwise, whole = factored("resnet20"), factored("resnet20")
-    cut(blockwise, images, CutSettings()).run(images, lambda *_: None)
+    cut(blockwise, images, SMALL).run(images, lambda *_: None)
     whole(images)
     for (name, ours), theirs in zip(blockwise.named_buffers(), whole.buffers(), strict=True):
         torch.testing.assert_close(ours, theirs, msg=name)
@@ -77,7 +81,7 @@ def test_cutting_leaves_modes_buffers_and_attributes_alone(factored, images):
     modes = [m.training for m in network.modules()]
     attributes = set(vars(network))
     state = {k: v.clone() for k, v in network.state_dict().items()}
-    cut(network, images, CutSettings())
+    cut(network, images, SMALL)
     assert [m.training for m in network.modules()] == modes
     assert set(vars(network)) == attributes
     assert all(torch.equal(v, state[k]) for k, v in network.state_dict().items())
@@ -148,7 +152,7 @@ def test_cutting_leaves_statistics_of_derived_norms_alone(boundaries):
 def test_whole_numbers_are_cut_too():
     layers = [nn.Embedding(9, 6), nn.Flatten(), nn.Linear(24, 6), nn.ReLU(), nn.Linear(6, 5)]
     network, words = nn.Sequential(*layers), torch.randint(9, (6, 4))
-    cuts = cut(network, words, CutSettings())
+    cuts = cut(network, words, SMALL)
     torch.testing.assert_close(cuts.run(words, lambda *_: None), network(words))
 
 
@@ -160,7 +164,7 @@ def test_a_dense_block_of_a_densenet_is_cut_inside(factored, images):
 
 def test_maps_tokens_and_channels_last_maps_are_told_apart(factored, images):
     layouts = {
-        name: cut(factored(name), images, CutSettings()).blocks[1].roots[0].layout
+        name: cut(factored(name), images, SMALL).blocks[1].roots[0].layout
         for name in ("mlp", "resnet", "vit", "swin")
     }
     assert layouts == {"mlp": "flat", "resnet": "map", "vit": "tokens", "swin": "map-last"}
@@ -168,7 +172,7 @@ def test_maps_tokens_and_channels_last_maps_are_told_apart(factored, images):
 
 def test_pooled_features_are_channel_means_over_the_grid(factored, images):
     for name in ("resnet", "swin"):
-        cuts = cut(factored(name), images, CutSettings())
+        cuts = cut(factored(name), images, SMALL)
         root, found = cuts.blocks[0].roots[0], []
         cuts.run(images, lambda index, roots, logits, found=found: found.append(roots))
         h = found[0][0]
@@ -180,7 +184,7 @@ def test_pooled_features_are_channel_means_over_the_grid(factored, images):
 
 def test_truncation_after_the_cut_takes_effect(factored, images, parameters_behind):
     network = factored("swin").eval()
-    cuts = cut(network, images, CutSettings())
+    cuts = cut(network, images, SMALL)
     for layer in factored_layers(network).values():
         layer.truncate_(torch.arange(2))
     reached: set[Tensor] = set()
@@ -190,7 +194,7 @@ def test_truncation_after_the_cut_takes_effect(factored, images, parameters_behi
 
 def test_one_block_of_activations_is_alive_at_a_time(factored, images):
     network = factored("resnet20")
-    cuts = cut(network, images, CutSettings())
+    cuts = cut(network, images, SMALL)
     with SavedActivations(network) as immediate:
         cuts.run(images, lambda i, roots, logits: roots[0].square().mean().backward())
     with SavedActivations(network) as backprop:
@@ -200,7 +204,7 @@ def test_one_block_of_activations_is_alive_at_a_time(factored, images):
 
 def test_the_teacher_is_cut_where_the_network_is(dense, factored, images):
     for name in ("resnet20", "vit", "swin"):
-        network, settings = factored(name), CutSettings()
+        network, settings = factored(name), SMALL
         cuts = cut(network, images, settings)
         teacher = dense(name).eval()
         alike = cut_alike(cuts, teacher, images, settings)
@@ -212,19 +216,19 @@ def test_the_teacher_is_cut_where_the_network_is(dense, factored, images):
 
 @pytest.mark.parametrize("other", ["smallconv", "resnet"])
 def test_a_teacher_of_another_structure_is_refused(other, dense, factored, images):
-    cuts = cut(factored("resnet20"), images, CutSettings())
+    cuts = cut(factored("resnet20"), images, SMALL)
     with pytest.raises(StiefelError, match="give the dense original"):
-        cut_alike(cuts, dense(other), images, CutSettings())
+        cut_alike(cuts, dense(other), images, SMALL)
 
 
 def test_blocks_of_a_shared_layer_are_told_apart(factored, images):
-    names = [block.name for block in cut(factored("shared"), images, CutSettings()).blocks]
+    names = [block.name for block in cut(factored("shared"), images, SMALL).blocks]
     assert names == ["stem", "twice", "twice:2"]
 
 
 def test_cuts_are_described_as_plain_data(factored, images):
     network = factored("vit")
-    described = json.loads(json.dumps(describe_cuts(network, images)))
+    described = json.loads(json.dumps(describe_cuts(network, images, SMALL)))
     assert [entry["block"] for entry in described][:2] == [
         "conv_proj",
         "encoder.layers.encoder_layer_0.self_attention",

@@ -3,26 +3,29 @@
 import pytest
 import torch
 
+from trainers.cuts import CutSettings, cut
 from trainers.rules import BP, DFA, SSA, make_rule
 
 NETWORKS = ["resnet", "densenet", "mobilenetv2", "vit"]
+# No memory to spare, so that there are many blocks.
 LOCAL = {
-    "layer-wise": SSA(alpha=0.1, beta=0.1, cosine=0.1, hoyer=0.1),
+    "layer-wise": SSA(memory=0, alpha=0.1, beta=0.1, cosine=0.1, hoyer=0.1),
+    "layer-wise, by default": SSA(),
     "layer-wise, cut at layers": SSA(boundaries="layers"),
-    "layer-wise, linear read-outs": SSA(readout_layers=0),
-    "layer-wise, fixed": SSA(feedback="fixed"),
-    "layer-wise, kolen-pollack": SSA(feedback="kolen-pollack"),
-    "layer-wise, calibrated": SSA(feedback="calibrated"),
-    "distillation": SSA(distillation=1.0),
-    "distillation, looking ahead": SSA(distillation=1.0, lookahead=2),
+    "layer-wise, linear read-outs": SSA(memory=0, readout_layers=0),
+    "layer-wise, fixed": SSA(memory=0, feedback="fixed"),
+    "layer-wise, kolen-pollack": SSA(memory=0, feedback="kolen-pollack"),
+    "layer-wise, calibrated": SSA(memory=0, feedback="calibrated"),
+    "distillation": SSA(memory=0, distillation=1.0),
+    "distillation, looking ahead": SSA(memory=0, distillation=1.0, lookahead=2),
     "looking ahead, cut at layers": SSA(distillation=1.0, lookahead=1, boundaries="layers"),
 }
 GLOBAL = {
-    "global": SSA(error="global", similarity=1.0),
-    "global, recomputed": SSA(error="global", storage="recomputed", feedback="fixed"),
-    "global, kolen-pollack": SSA(error="global", feedback="kolen-pollack"),
-    "dfa": DFA(),
-    "dfa, recomputed": DFA(storage="recomputed"),
+    "global": SSA(memory=0, error="global", similarity=1.0),
+    "global, recomputed": SSA(memory=0, error="global", storage="recomputed", feedback="fixed"),
+    "global, kolen-pollack": SSA(memory=0, error="global", feedback="kolen-pollack"),
+    "dfa": DFA(memory=0),
+    "dfa, recomputed": DFA(memory=0, storage="recomputed"),
 }
 
 
@@ -50,8 +53,10 @@ def changed_before(settings, network, images, labels, teacher=None) -> set[str]:
     rule = make_rule(settings)
     generator = torch.Generator().manual_seed(0)
     state = rule.init(network, images, 5, generator, teacher)
-    reference = make_rule(SSA(boundaries=getattr(settings, "boundaries", "units")))
-    blocks = reference.init(network, images, 5, generator).cuts.blocks
+    asked = settings.model_dump(include={*CutSettings.model_fields}, exclude_unset=True)
+    if isinstance(settings, BP):
+        asked = {"boundaries": "units"}
+    blocks = cut(network, images, CutSettings(**asked)).blocks
     middle = len(blocks) // 2
     early = {p for block in blocks[:middle] for p in block.parameters()}
     late = {p for block in blocks[middle:] for p in block.parameters()} - early
@@ -84,7 +89,9 @@ def test_later_blocks_reach_earlier_ones_only_through_the_output_error(
     assert changed_before(settings, factored(name), images, labels) == set()
 
 
-@pytest.mark.parametrize("settings", [SSA(error="global"), DFA(), BP()], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "settings", [SSA(memory=0, error="global"), DFA(memory=0), BP()], ids=lambda s: s.name
+)
 def test_the_check_sees_what_does_cross(settings, factored, images, labels):
     changed = changed_before(settings, factored("resnet"), images, labels)
     assert "conv1.weight" in changed

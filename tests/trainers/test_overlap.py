@@ -150,7 +150,7 @@ def side_by_side(monkeypatch, images, labels):
 
 
 RULES = {
-    "two": SSA(overlap=2),
+    "two": SSA(overlap=2, memory=0),
     "two, units": SSA(overlap=2, boundaries="units"),
     "four, units": SSA(overlap=4, boundaries="units"),
     "layers": SSA(overlap=3, boundaries="layers"),

@@ -34,7 +34,7 @@ def test_the_loss_is_what_its_definition_says(lookahead, storage):
     """Against the same loss written out, and autograd of it, block by block."""
     network, teacher = chain(1), chain(2)
     x, y = torch.randn(8, 1, 2, 3, dtype=torch.float64), torch.arange(8) % 5
-    rule, state = start(SSA(lookahead=lookahead, storage=storage), network, x, teacher)
+    rule, state = start(SSA(memory=0, lookahead=lookahead, storage=storage), network, x, teacher)
     result = rule.step(network, state, x, y)
 
     # Linear and Tanh belong together, and the head to the last block.
@@ -82,7 +82,7 @@ def test_a_recomputed_lookahead_holds_a_block_of_the_teacher_at_a_time():
     network, teacher = (CifarResNet(20, num_classes=5) for _ in range(2))
     held = {}
     for storage in ("stored", "recomputed"):
-        rule = SSA(lookahead=9, storage=storage)
+        rule = SSA(memory=0, lookahead=9, storage=storage)
         batch = torch.randn(4, 3, 32, 32)
         held[storage] = activation_memory_mib(
             network, rule, batch, num_classes=5, teacher=copy.deepcopy(teacher)
