@@ -35,7 +35,8 @@ RULES: dict[str, tuple[str, RuleSettings]] = {
     "ssa, cut at layers": ("factored", SSA(boundaries="layers")),
     "ssa, no similarity": ("factored", SSA(similarity=0.0)),
     "ssa, two blocks at once": ("factored", SSA(overlap=2)),
-    "ssa, four blocks at once": ("factored", SSA(overlap=4)),
+    "ssa, memory 0.25, two at once": ("factored", SSA(memory=0.25, overlap=2)),
+    "ssa, memory 0.25, four at once": ("factored", SSA(memory=0.25, overlap=4)),
     "ssa, cut at units, four at once": ("factored", SSA(boundaries="units", overlap=4)),
     "ssa, linear read-outs, two at once": ("factored", SSA(readout_layers=0, overlap=2)),
 }

@@ -61,6 +61,7 @@ HEAVY = (
     "ssa, linear read-outs",
     "ssa, cut at layers",
     "ssa, two blocks at once",
+    "ssa, memory 0.25, two at once",
 )
 
 
