@@ -322,7 +322,7 @@ def _draw(result: dict[str, Any], path: Path) -> None:
     axes[0, 1].set_title("six plain convolutions", fontsize=10)
     axes[0, 0].set_ylabel("activations held, MiB")
     axes[1, 0].set_ylabel("step, ms")
-    axes[0, 0].legend(frameon=False)
+    axes[0, 0].legend(frameon=False, loc="upper left", fontsize=9)
     for axis in axes.flat:
         axis.set_ylim(bottom=0)  # after all is drawn: it fixes the top too
         axis.spines[["top", "right"]].set_visible(False)
