@@ -41,7 +41,6 @@ HELD_BACK = 2000
 METHODS: dict[str, tuple[RuleSettings, tuple[float, ...]]] = {
     "backpropagation": (BP(), (1e-3, 3e-4, 2e-3)),
     "local, looking ahead": (SSA(lookahead=2), (1e-3,)),
-    "local": (SSA(), (3e-3, 1e-3)),
     "local, 18 layers to a block, looking ahead": (
         SSA(boundaries="units", layers_per_block=18, lookahead=2, distillation=1.0),
         (1e-3, 3e-3),

@@ -64,7 +64,7 @@ def test_balanced_blocks_are_units_joined_as_far_as_the_largest_allows(
         assert before < 0 or need(before, last) > most
 
 
-@pytest.mark.parametrize("share", [0.25, 0.4, CutSettings().memory, 1.0])
+@pytest.mark.parametrize("share", [0.25, 0.4, CutSettings().memory, 0.7, 1.0])
 @pytest.mark.parametrize("name", ["smallconv", "resnet20", "densenet", "vit"])
 def test_a_share_of_the_memory_makes_the_fewest_blocks_at_their_least_peak(
     name, share, factored, images
