@@ -1,6 +1,6 @@
 """Running a network for a look at it: afterwards it is as it was."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -23,7 +23,7 @@ def in_mode(network: nn.Module, training: bool) -> Iterator[None]:
 
 @contextmanager
 def undisturbed(*networks: nn.Module, but: Collection[nn.Module] = ()) -> Iterator[None]:
-    """Afterwards their buffers are as they were, and so are the random numbers to come.
+    """Afterwards their buffers and numbers are as they were, and random numbers still to come.
 
     Args:
         but: modules that leave their own buffers alone, which then need no copies.
@@ -32,13 +32,24 @@ def undisturbed(*networks: nn.Module, but: Collection[nn.Module] = ()) -> Iterat
     buffers = [(m, name, b) for m in modules for name, b in m.named_buffers(recurse=False)]
     before = [buffer.clone() for _, _, buffer in buffers]
     devices = {p.device for n in networks for p in n.parameters() if p.device.type == "cuda"}
-    numbers = host_state()
+    counts = [numbers_of(network) for network in networks]
+    generators = host_state()
     with torch.random.fork_rng(devices):
         try:
             yield
         finally:
-            restore_host_state(numbers)
+            restore_host_state(generators)
+            for module, own in (pair for count in counts for pair in count.items()):
+                vars(module).update(own)
             with torch.no_grad():
                 for (module, name, buffer), value in zip(buffers, before, strict=True):
                     buffer.copy_(value)
                     setattr(module, name, buffer)  # a forward may have put another in its place
+
+
+def numbers_of(network: nn.Module) -> dict[nn.Module, Mapping[str, float]]:
+    """Each module's attributes that are plain numbers, which its forward may count on."""
+    return {
+        module: {name: value for name, value in vars(module).items() if type(value) in (int, float)}
+        for module in network.modules()
+    }

@@ -61,6 +61,16 @@ class Part(_Network):
         return third(torch.relu(h))
 
 
+class View(_Network):
+    """What a block made is written into through a view, and by the view alone read on."""
+
+    def features(self, x):
+        first, second, third = self.layers
+        h = second(torch.relu(first(x) + self.short(x)))
+        h = h.flatten(2).exp_().unflatten(2, (32, 32))
+        return third(torch.relu(h))
+
+
 class Image(_Network):
     """The image itself is normalised in place."""
 
@@ -92,7 +102,7 @@ class Start(_Network):
         return F.max_pool2d(h, 2).mul_(3) + self.layers[0](x).mean()
 
 
-NETWORKS = [Statement, Later, Part, Image, Activation, Start]
+NETWORKS = [Statement, Later, Part, View, Image, Activation, Start]
 
 
 @pytest.fixture(params=NETWORKS, ids=lambda made: made.__name__)
@@ -199,15 +209,38 @@ def test_named_blocks_hand_on_what_may_be_written_into(images):
     assert torch.equal(images, before)
 
 
+class DroppedInPlace(_Network):
+    """Dropout writes, in training alone, into a view of what a block gave."""
+
+    blocks = ("layers.0", "activation", "layers.2")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.activation, self.drop = nn.ReLU(), nn.Dropout(0.5, inplace=True)
+
+    def features(self, x):
+        first, second, third = self.layers
+        h = self.activation(second(torch.relu(first(x) + self.short(x))))
+        return third(self.drop(h.flatten(2)).unflatten(2, (32, 32)))
+
+
+class NamedDroppedInPlace(DroppedInPlace):
+    """The same, cut by name."""
+
+
 @pytest.mark.parametrize("rule", [DFA, partial(SSA, error="global", similarity=1)])
-@pytest.mark.parametrize("made", [*NETWORKS, Named], ids=lambda made: made.__name__)
+@pytest.mark.parametrize(
+    "made", [*NETWORKS, DroppedInPlace, Named, NamedDroppedInPlace], ids=lambda made: made.__name__
+)
 def test_stored_blocks_give_what_recomputed_ones_do(made, rule, images):
     network, labels, gradients = made(), torch.arange(len(images)) % 5, []
-    where = {"blocks": made.blocks} if made is Named else {"boundaries": "layers"}
+    named = made.__name__.startswith("Named")
+    where = {"blocks": made.blocks} if named else {"boundaries": "layers"}
     for storage in ("stored", "recomputed"):
         learner = make_rule(rule(storage=storage, **where))
         state = learner.init(network, images, 5, torch.Generator().manual_seed(0))
         network.zero_grad()
+        torch.manual_seed(0)
         learner.step(network, state, images, labels)
         gradients.append([p.grad.clone() for p in network.parameters()])
     torch.testing.assert_close(*gradients)

@@ -1,24 +1,21 @@
 """A network as a `torch.fx` graph, with what each node yields on an example."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
+from torch.utils._pytree import tree_leaves
 
-from converter.attention import FactoredAttention
-from converter.errors import StiefelError, first_line
-from converter.factors import Factored, FactoredWeight
+from converter.factors import Factored
+from trainers.cuts.tracer import ATTENTION, UntraceableError, refusal, symbolic
 from trainers.looking import in_mode, undisturbed
-from trainers.randomness import host_state
 
-ATTENTION = (nn.MultiheadAttention, FactoredAttention)
-# Taken whole; norms and dropout, and what derives from them, so that they follow their mode.
-WHOLE = (Factored, *ATTENTION, _NormBase, _DropoutNd)
+# Dimensions of size three are rare, so that of so many images can be told from others.
+IMAGES = 3
 WEIGHTED = (Factored, nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-TRACE_ADVICE = "name the submodules that are to be its blocks, by glob, under `blocks`"
 
 
 @dataclass(frozen=True)
@@ -45,10 +42,12 @@ def trace(
 ) -> Traced:
     """Trace `network` as it runs in training (or evaluation) mode.
 
-    A submodule whose forward cannot be traced, which draws at random or keeps something of its
-    batch outside the graph, or which reads a factored layer's `.weight`, is taken whole; the
-    innermost such module is. What functions are told of `self.training` is fixed here: `F.dropout`
-    stays as it is in this mode; so are the defaults of all arguments but the images.
+    A submodule whose forward a graph cannot tell is taken whole, the innermost such module: one
+    that cannot be traced, that draws at random, keeps something of its batch in a buffer or goes by
+    a number that it counts, that runs a part without gradients or in a precision of its own, or
+    that reads a factored layer's `.weight`. What functions are told of `self.training` is fixed
+    here: `F.dropout` stays as it is in this mode; so are the defaults of all arguments but the
+    images.
 
     Args:
         network: left as it was, training mode included.
@@ -57,98 +56,40 @@ def trace(
         training: which mode's graph.
 
     Raises:
-        StiefelError: the network's own forward, outside every submodule, cannot be traced.
+        StiefelError: a graph cannot tell the network's own forward, outside every submodule.
     """
+    while True:
+        try:
+            return _trace(network, example, opaque, training)
+        except UntraceableError as error:
+            if not error.culprit or error.culprit in opaque:
+                raise refusal(network, error) from error
+            opaque = opaque | {error.culprit}
+
+
+def _trace(network: nn.Module, example: Tensor, opaque: frozenset[str], training: bool) -> Traced:
     with undisturbed(network), in_mode(network, training):
-        tracer, graph = _trace(network, opaque)
-    # Constants that the tracer left on the network belong to the graph alone.
-    module = fx.GraphModule(network, graph)
-    for name in tracer.tensor_attrs.values():
-        if name.startswith("_tensor_constant"):
-            network.__dict__.pop(name, None)
+        module = symbolic(network, opaque)
     with undisturbed(network), in_mode(network, False), torch.no_grad():
-        # Three images: dimensions of size three are rare, so the batch's can be told from others.
-        images = example[:1].expand(3, *example.shape[1:]).contiguous()
+        images = example[:1].expand(IMAGES, *example.shape[1:]).contiguous()
         recorder = _Recorder(module)
         recorder.run(images)
-    _read_what_was_written(graph, recorder)
-    return Traced(graph, module, tracer.opaque, recorder.seen, recorder.writes)
+    _check_kept(recorder.writes)
+    _read_what_was_written(module.graph, recorder)
+    return Traced(module.graph, module, opaque, recorder.seen, recorder.writes)
 
 
-def _trace(network: nn.Module, opaque: frozenset[str]) -> tuple["_Tracer", fx.Graph]:
-    while True:
-        tracer = _Tracer(opaque)
-        try:
-            return tracer, tracer.trace(network)
-        except Exception as error:
-            if tracer.culprit is None or tracer.culprit in opaque:
-                reason = first_line(error)
-                raise StiefelError(
-                    f"{type(network).__name__} cannot be traced ({reason}); {TRACE_ADVICE}"
-                ) from error
-            opaque = opaque | {tracer.culprit}
+def _check_kept(writes: Mapping[fx.Node, set[fx.Node]]) -> None:
+    """Refuse a graph that writes into what the network holds: each block reads that for itself.
 
-
-class _Tracer(fx.Tracer):
-    """Takes some modules whole, and remembers where tracing failed."""
-
-    def __init__(self, opaque: frozenset[str]) -> None:
-        super().__init__()
-        self.opaque = opaque
-        self.culprit: str | None = None
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        whole = isinstance(m, WHOLE) or module_qualified_name in self.opaque
-        return whole or super().is_leaf_module(m, module_qualified_name)
-
-    def trace(self, root: nn.Module) -> fx.Graph:
-        before = _kept_by(root)
-        graph = super().trace(root)
-        _check_pure(root, before)
-        return graph
-
-    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        name = self.path_of_module(m)
-        if self.is_leaf_module(m, name):
-            return super().call_module(m, forward, args, kwargs)
-        before = _kept_by(m)
-        try:
-            result = super().call_module(m, forward, args, kwargs)
-            _check_pure(m, before)
-        except Exception:
-            self.culprit = self.culprit or name
-            raise
-        return result
-
-    def create_proxy(
-        self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any
-    ) -> Any:
-        if kind != "placeholder" or not len(self.graph.nodes):
-            return super().create_proxy(kind, target, args, kwargs, *rest, **more)
-        # Only the images vary.
-        if target.startswith("*"):
-            return {} if target.startswith("**") else ()
-        if not args:
-            raise TypeError(f"its forward needs '{target}' beside the images")
-        return args[0]
-
-    def create_arg(self, a: Any) -> Any:
-        if isinstance(a, FactoredWeight):
-            # Traced through, the graph would hold on to factors that truncation replaces.
-            raise TypeError("a factored weight is read outside its layer")
-        return super().create_arg(a)
-
-
-def _kept_by(module: nn.Module) -> tuple[Any, ...]:
-    """What a forward changes that draws at random, or keeps something of its batch in a buffer."""
-    buffers = [(id(buffer), buffer._version) for buffer in module.buffers()]
-    return host_state(), buffers
-
-
-def _check_pure(module: nn.Module, before: tuple[Any, ...]) -> None:
-    # The graph would repeat this one draw for ever, and never keep anything again.
-    if _kept_by(module) != before:
-        raise TypeError("its forward draws at random, or changes a buffer")
+    Raises:
+        UntraceableError: names the innermost module that writes.
+    """
+    for writer, written in writes.items():
+        if any(node.op == "get_attr" for node in written):
+            within = [*writer.meta.get("nn_module_stack", {}).values()]
+            name = within[-1][0] if within else ""
+            raise UntraceableError("its forward draws at random, or changes a buffer", name)
 
 
 class _Recorder(fx.Interpreter):
@@ -156,7 +97,7 @@ class _Recorder(fx.Interpreter):
 
     Attributes:
         seen: node → its value, tensors on the meta device.
-        writes: node → nodes whose tensors it wrote into.
+        writes: node → nodes whose tensors it wrote into, be it through a view of them.
         same: node → those among them whose tensor it also returned.
     """
 
@@ -165,6 +106,8 @@ class _Recorder(fx.Interpreter):
         self.seen: dict[fx.Node, Any] = {}
         self.writes: dict[fx.Node, set[fx.Node]] = {}
         self.same: dict[fx.Node, set[fx.Node]] = {}
+        # node → nodes whose tensors share its memory, itself and such as are no longer held.
+        self._sharing: dict[fx.Node, set[fx.Node]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         tensors = {m: v for m, v in self.env.items() if isinstance(v, Tensor)}
@@ -173,15 +116,32 @@ class _Recorder(fx.Interpreter):
         module = self.fetch_attr(n.target) if n.op == "call_module" else None
         if isinstance(module, _DropoutNd) and not module.inplace:
             value = value.clone()  # in training it is another tensor than what came in
-        self.writes[n] = {m for m, v in tensors.items() if v._version != versions[m]}
+        written = {m for m, v in tensors.items() if v._version != versions[m]}
         # What writes in training alone, as dropout does, says so.
         if getattr(module, "inplace", False):
-            self.writes[n].update(n.all_input_nodes[:1])
-        self.same[n] = {m for m in self.writes[n] if _is_same(tensors[m], value)}
+            written.update(n.all_input_nodes[:1])
+        self.writes[n] = set().union(*(self._sharing.get(m, ()) for m in written))
+        self.same[n] = {m for m in written if _is_same(tensors[m], value)}
+        self._share(n, value)
         self.seen[n] = fx.node.map_aggregate(
             value, lambda v: v.detach().to("meta") if isinstance(v, Tensor) else v
         )
         return value
+
+    def _share(self, n: fx.Node, value: Any) -> None:
+        places = _places(value)
+        sharing = {n}.union(
+            *(self._sharing[m] for m, held in self.env.items() if places & _places(held))
+        )
+        for m in sharing:
+            self._sharing[m] = sharing
+
+
+def _places(value: Any) -> set[int]:
+    """Where in memory its tensors are; empty ones are nowhere."""
+    tensors = [v for v in tree_leaves(value) if isinstance(v, Tensor)]
+    storages = [v.untyped_storage() for v in tensors if v.layout == torch.strided]
+    return {storage.data_ptr() for storage in storages if storage.nbytes()}
 
 
 def _is_same(tensor: Tensor, value: Any) -> bool:
@@ -212,6 +172,11 @@ def weighted_layers(module: nn.Module) -> int:
     return sum(weighted_layers(child) for child in module.children())
 
 
+def can_be_root(value: Any) -> bool:
+    """Whether it is a float tensor with the images in front, of which a loss can be made."""
+    return is_float(value) and value.ndim > 1 and value.shape[0] == IMAGES
+
+
 def is_float(value: Any) -> bool:
     """Whether it is a float tensor."""
     return isinstance(value, Tensor) and value.is_floating_point()
@@ -236,6 +201,26 @@ def attributes_behind(node: fx.Node) -> list[fx.Node]:
     if node.op == "get_attr":
         return [node]
     return [found for before in node.all_input_nodes for found in attributes_behind(before)]
+
+
+def trained_nodes(nodes: list[fx.Node], fixed: set[fx.Node], traced: Traced) -> set[fx.Node]:
+    """Those of these nodes that depend on a parameter that is read among them."""
+    trained: set[fx.Node] = set()
+    for node in nodes:
+        if modules_run([node], traced) or any(
+            n in trained or (n in fixed and attributes_behind(n)) for n in node.all_input_nodes
+        ):
+            trained.add(node)
+    return trained
+
+
+def modules_run(nodes: list[fx.Node], traced: Traced) -> list[str]:
+    """Names of the submodules with parameters that these nodes run."""
+    names = [str(node.target) for node in nodes if node.op == "call_module"]
+    modules = [traced.module.get_submodule(name) for name in names]
+    return [
+        n for n, m in zip(names, modules, strict=True) if next(m.parameters(), None) is not None
+    ]
 
 
 def live_nodes(graph: fx.Graph) -> list[list[fx.Node]]:

@@ -5,17 +5,19 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
 
 from trainers.cuts.blocks import CutSettings
 from trainers.cuts.graph import (
     Traced,
     attributes_behind,
     body,
+    can_be_root,
     constant_nodes,
     is_float,
     live_nodes,
+    trained_nodes,
     weighted_layers,
 )
 
@@ -100,17 +102,6 @@ def _common_module(layers: tuple[str, ...]) -> str:
     return ".".join(shared)
 
 
-def _can_cut(values: list[object]) -> bool:
-    """Whether all that is live is either no tensor, or a tensor with the batch in front."""
-    for value in values:
-        if isinstance(value, Tensor):
-            if value.is_floating_point() and (value.ndim < 2 or value.shape[0] != 3):
-                return False
-        elif any(isinstance(leaf, Tensor) for leaf in torch.utils._pytree.tree_leaves(value)):
-            return False
-    return True
-
-
 def _used(graph: fx.Graph) -> set[fx.Node]:
     """The nodes that the output depends on."""
     used: set[fx.Node] = set()
@@ -132,13 +123,23 @@ class _Places:
         self._fixed, self._used = constant_nodes(self.nodes), _used(traced.graph)
         self.layers = [self._weighted(node, traced) for node in self.nodes]
         live = live_nodes(traced.graph)
-        self.width = [sum(is_float(self.values[n]) for n in now) for now in live]
-        self.able = [_can_cut([self.values[n] for n in now]) for now in live]
+        trained = trained_nodes(self.nodes, self._fixed, traced)
+        self.width = [sum(can_be_root(self.values[n]) for n in now) for now in live]
+        self.able = [self._can_cut(now, trained) for now in live]
         for place in self._shared(traced):
             self.able[place] = False
 
     def __len__(self) -> int:
         return len(self.nodes)
+
+    def _can_cut(self, live: list[fx.Node], trained: set[fx.Node]) -> bool:
+        """Whether a loss can be made of all that is trained before this place and used after."""
+        values = [self.values[n] for n in live]
+        packed = [leaf for v in values if not isinstance(v, Tensor) for leaf in tree_leaves(v)]
+        if any(isinstance(leaf, Tensor) for leaf in packed):
+            return False
+        losing = [n for n in live if is_float(self.values[n]) and not can_be_root(self.values[n])]
+        return any(map(can_be_root, values)) and trained.isdisjoint(losing)
 
     def _shared(self, traced: Traced) -> Iterator[int]:
         """Places where a tensor is live of which a part is yet to be written, and then read."""
@@ -150,7 +151,7 @@ class _Places:
 
     def _weighted(self, node: fx.Node, traced: Traced) -> int:
         """How many layers that mix channels this node runs; none where nothing comes of it."""
-        if node not in self._used:
+        if node not in self._used or node in self._fixed:
             return 0
         if node.op == "call_module":
             return weighted_layers(traced.module.get_submodule(node.target))
@@ -162,8 +163,10 @@ class _Places:
         if node.op != "call_function" or node in self._fixed:
             return []
         arguments = [n for n in node.all_input_nodes if n in self._fixed]
-        names = [str(a.target) for n in arguments for a in attributes_behind(n)]
-        return [name for name in dict.fromkeys(names) if name.endswith(".weight")]
+        behind = dict.fromkeys(a for n in arguments for a in attributes_behind(n))
+        # Those of norms are vectors, and mix nothing.
+        matrices = [str(a.target) for a in behind if self.values[a].ndim > 1]
+        return [name for name in matrices if name.endswith(".weight")]
 
     def _name(self, node: fx.Node) -> str:
         if node.op == "call_module":

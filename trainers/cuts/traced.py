@@ -8,11 +8,12 @@ from converter.errors import StiefelError
 from trainers.cuts.blocks import Block, Visit, make_root
 from trainers.cuts.graph import (
     Traced,
-    attributes_behind,
     body,
+    can_be_root,
     constant_nodes,
-    is_float,
     live_nodes,
+    modules_run,
+    trained_nodes,
 )
 from trainers.cuts.places import Segment
 from trainers.cuts.walk import Part, Walk
@@ -59,8 +60,8 @@ class TracedCuts:
             for start, stop, ours in zip([0, *stops[:-1]], stops, self._segments, strict=True)
         ]
         for ours, theirs in zip(self._segments, segments, strict=True):
-            layers = _parametric(own[ours.start : ours.end], self.traced)
-            others = _parametric(other[theirs.start : theirs.end], traced)
+            layers = modules_run(own[ours.start : ours.end], self.traced)
+            others = modules_run(other[theirs.start : theirs.end], traced)
             if layers != others:
                 raise not_its_original(
                     f"block '{ours.name}' has {', '.join(layers)}, the teacher "
@@ -110,10 +111,11 @@ def _split(
         elif segment.hidden is not None:
             rooted = [n for n in live[segment.hidden - 1] if n in set(mine)]
         else:
-            rooted = [n for n in passed if is_float(traced.values[n])]
+            rooted = passed
+        # Only what depends on a parameter of this block is worth a local loss.
+        trained = trained_nodes(mine, fixed, traced)
+        rooted = [n for n in rooted if n in trained and can_be_root(traced.values[n])]
         made = list(dict.fromkeys([*passed, *rooted]))
-        trained = _trained(mine, fixed, traced)
-        rooted = [n for n in rooted if n in trained]
         written = set().union(*(traced.writes[n] for n in mine))
         given, graph = _subgraph(mine, fixed, made, output if last else None)
         parts.append(
@@ -129,26 +131,6 @@ def _split(
             )
         )
     return parts
-
-
-def _trained(nodes: list[fx.Node], fixed: set[fx.Node], traced: Traced) -> set[fx.Node]:
-    """The nodes that depend on a parameter of this block: only they are worth a local loss."""
-    trained: set[fx.Node] = set()
-    for node in nodes:
-        if _parametric([node], traced) or any(
-            n in trained or (n in fixed and attributes_behind(n)) for n in node.all_input_nodes
-        ):
-            trained.add(node)
-    return trained
-
-
-def _parametric(nodes: list[fx.Node], traced: Traced) -> list[str]:
-    """Names of the submodules with parameters that these nodes run."""
-    names = [str(node.target) for node in nodes if node.op == "call_module"]
-    modules = [traced.module.get_submodule(name) for name in names]
-    return [
-        n for n, m in zip(names, modules, strict=True) if next(m.parameters(), None) is not None
-    ]
 
 
 def _subgraph(
