@@ -22,6 +22,8 @@ SMALLEST_S = 1e-6
 
 # Above this departure S no longer holds the singular values well enough to choose by.
 _DRIFT = 1e-3
+# No bound, and yet zero times a second moment of zero.
+_UNBOUNDED = 1e30
 # The states in which torch's optimizers keep a running mean of the gradient.
 _FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
 
@@ -155,7 +157,8 @@ def truncate_(
     if optimizer is not None:
         for old, new in zip(before, layer.factors(), strict=True):
             _hand_over(old, new, keep, optimizer)
-    return float((1 - energy[keep].sum() / energy.sum()).clamp(min=0).sqrt())
+    total = float(energy.sum())
+    return math.sqrt(max(0.0, 1 - float(energy[keep].sum()) / total)) if total else 0.0
 
 
 def direction_energies(layer: Factored) -> Tensor:
@@ -221,7 +224,7 @@ def _adam_bound(beta1: float, beta2: float) -> float:
     always black) would get a moment over a second moment of zero, and be thrown far away.
     """
     if beta1**2 >= beta2:
-        return math.inf
+        return _UNBOUNDED
     return (1 - beta1) / math.sqrt((1 - beta2) * (1 - beta1**2 / beta2))
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
+import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
@@ -13,6 +14,8 @@ from converter.errors import StiefelError
 from converter.ranks import Budget, Energy, Policy, parse_rank, policy_rank
 from converter.settings import Settings
 from trainers.manifold import direction_energies, tied_layers
+
+_TINY = torch.finfo(torch.float64).tiny
 
 
 class RankSchedule(Settings):
@@ -102,7 +105,8 @@ class LayerRank:
     def tail(self) -> Tensor:
         """(r,): share of the energy that keeping 1 … r directions would drop."""
         kept = self.energies.cumsum(0)
-        return (1 - kept / kept[-1]).clamp(min=0)
+        # A layer that is zero, as some heads begin, has nothing to lose.
+        return (1 - kept / kept[-1]).clamp(min=0) if kept[-1] > 0 else torch.zeros_like(kept)
 
     def energy_rank(self, share: float) -> int:
         """The fewest directions that keep `share` of the energy, earlier falls included."""
@@ -285,7 +289,7 @@ def _within_budget(target: float, model: ModelRanks, floor: int) -> dict[str, in
             f"rank {floor}, params={least} remains"
         )
     worth = [
-        (float(energy / layer.energies.sum()) / layer.cost, name)
+        (float(energy / layer.energies.sum().clamp_min(_TINY)) / layer.cost, name)
         for name, layer in model.layers.items()
         for energy in layer.energies[ranks[name] :]
     ]

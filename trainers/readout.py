@@ -16,6 +16,8 @@ from torch.nn.utils import skip_init
 
 from trainers.cuts import Root
 
+FINE = 2  # hidden layers that see twice the grid
+
 
 class Features(nn.Module):
     """Features (N, D) of a root.
@@ -82,7 +84,7 @@ class HiddenLayers(nn.Module):
         self.root, self.grid = root, grid
         self.fine = Root(name, (channels, *root.cells(2 * grid)), "map")
         coarse = Root(name, (channels, *root.cells(grid)), "map")
-        self.output = coarse if layers > _FINE else self.fine
+        self.output = coarse if layers > FINE else self.fine
         inputs = [root.channels] + [width] * (layers - 1)
         # Not drawn twice, the first time from the caller's random numbers.
         make = partial(skip_init, nn.Conv2d, kernel_size=3, padding=1, bias=False)
@@ -98,7 +100,7 @@ class HiddenLayers(nn.Module):
         # A fifth to a quarter quicker so, on a CPU; the network may be laid out either way.
         h = averaged = averaged.contiguous(memory_format=torch.channels_last)
         for place, (layer, norm) in enumerate(zip(self.layers, self.norms, strict=True)):
-            if place == _FINE:
+            if place == FINE:
                 h, averaged = (self.fine.averaged(part, self.grid) for part in (h, averaged))
             h = F.relu(norm(layer(h)))
         return torch.cat([averaged, h], dim=1)
@@ -107,6 +109,3 @@ class HiddenLayers(nn.Module):
         """The leading left singular vectors (C, count) of the first layer's kernel."""
         kernel = self.layers[0].weight.detach().transpose(0, 1).flatten(1)
         return torch.linalg.svd(kernel, full_matrices=False).U[:, :count]
-
-
-_FINE = 2  # layers that see twice the grid

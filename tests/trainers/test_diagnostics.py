@@ -153,6 +153,15 @@ def test_read_outs_are_the_rule_s_own_and_probes_are_there_for_every_rule(rule, 
         assert readout["readout_accuracy"] == own
 
 
+def test_read_outs_see_the_test_images_in_parts_alike():
+    odd, model, seen = load_data("digits", limit_train=60, limit_test=257), network(), []
+    _, diagnostics = looked(SSA(), model, odd)
+    next(model.children()).register_forward_hook(lambda m, i, output: seen.append(len(output)))
+    diagnostics()
+    assert {86, 85} <= set(seen)
+    assert min(seen) > 30
+
+
 def test_a_network_that_cannot_be_traced_still_has_its_angles(data):
     class Branching(nn.Module):
         def __init__(self):

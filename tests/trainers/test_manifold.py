@@ -179,10 +179,12 @@ def test_retraction_leaves_the_first_moment_tangent_and_the_second_alone(kind, m
     torch.testing.assert_close(after, second, atol=0, rtol=0)
 
 
-def test_an_input_that_never_has_a_gradient_is_not_thrown_by_the_projected_moment():
+@pytest.mark.parametrize("beta1", [0.9, 0.9996])  # the second is no less than the root of β2
+def test_an_input_that_never_has_a_gradient_is_not_thrown_by_the_projected_moment(beta1):
     torch.manual_seed(0)
     layer = linear(6, 40, 3)
-    optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-2, weight_decay=0)
+    betas = (beta1, 0.999)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-2, betas=betas, weight_decay=0)
     for _ in range(4):
         for p in layer.parameters():
             p.grad = torch.randn_like(p)
@@ -275,6 +277,13 @@ def test_rediagonalising_keeps_the_matrix_and_transports_gradients_of_u_and_v(l,
     torch.testing.assert_close(
         G_V @ T_V, G.mT @ (new.U * new.S.unsqueeze(-2)), atol=1e-8, rtol=1e-8
     )
+
+
+def test_truncating_a_layer_that_is_zero_drops_nothing():
+    layer = linear(6, 5, 3)
+    layer.S.data.zero_()
+    assert truncate_(layer, 2) == 0
+    assert layer.rank == 2
 
 
 def test_truncating_to_more_than_the_rank_is_refused():

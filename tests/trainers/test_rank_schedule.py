@@ -120,6 +120,16 @@ def test_the_parameter_target_is_met_on_the_last_fall(model, fraction, epochs):
     )
 
 
+def test_a_layer_that_was_zero_is_protected_by_its_energy_like_any_other():
+    zero, alike = (LayerRank(torch.full((8,), e, dtype=torch.float64), 8, 2, 64) for e in (0, 1))
+    assert zero.kept_at(4) == 1
+    later = replace(alike, kept=zero.kept_at(4))
+    assert later.energy_rank(0.75) == alike.energy_rank(0.75) == 6
+    model = ModelRanks({"zero": zero, "other": alike}, 0)
+    schedule = RankSchedule(final="params=0.15", start=1, end=1, floor=2)
+    assert lowered(schedule, 1, 1, model, model.ranks()) == {"zero": 2, "other": 7}
+
+
 def test_ranks_fall_in_equal_parts_and_end_on_the_final_rank():
     layer = LayerRank(torch.ones(40, dtype=torch.float64), full_rank=64, cost=1, dense=1000)
     model = ModelRanks({"l": layer}, 0)

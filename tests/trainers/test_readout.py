@@ -108,6 +108,14 @@ def test_a_map_of_one_pixel_has_no_hidden_layers(images):
     assert state.views[0][0].hidden is None
 
 
+def test_no_hidden_layer_sees_a_single_cell(factored, images, labels):
+    rule = make_rule(SSA(boundaries="units", pool=1))
+    network = factored("resnet20").eval()
+    state = rule.init(network, images, 5, _generator())
+    assert {len(view.hidden.layers) for views in state.views[:-1] for view in views} == {2}
+    rule.step(network, state, images[:1], labels[:1])  # whose norms have four values each
+
+
 @pytest.mark.parametrize(
     ("most", "first", "last"), [(None, 4, 2), (3, 3, 2), (1, 1, 1)], ids=["default", "three", "one"]
 )

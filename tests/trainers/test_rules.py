@@ -131,6 +131,18 @@ def test_a_saved_state_resumes_the_same_step(settings, factored, images, labels)
         torch.testing.assert_close(gradient, expected[name], msg=name)
 
 
+@pytest.mark.parametrize("settings", EVERY_RULE.values(), ids=EVERY_RULE)
+def test_a_network_in_float64_trains_in_float64(settings, factored, images, labels):
+    losses = []
+    for dtype in (torch.float32, torch.float64):
+        network, x = factored("smallconv").to(dtype), images.to(dtype)
+        rule, state = start(settings, network, x)
+        assert {p.dtype for p in state.parameters()} <= {dtype}
+        losses.append(rule.step(network, state, x, labels).loss.double())
+        assert all(p.grad.isfinite().all() for p in network.parameters())
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=0)
+
+
 def test_backprop_is_the_gradient_of_the_cross_entropy(dense, images, labels):
     network = dense("smallconv").double()
     images = images.double()

@@ -32,7 +32,7 @@ class DirectFeedback:
             [DenseFeedback(view.count, num_classes, generator) for view in seen]
             for seen in views[:-1]
         ]
-        return LocalState(cuts, views, feedback).to(example.device)
+        return LocalState(cuts, views, feedback).to(example)
 
     def step(
         self,
@@ -53,6 +53,6 @@ class DirectFeedback:
             if logits is not None:
                 return batch.cross_entropy(logits)
             places = zip(state.features(index, roots), state.feedback[index], strict=True)
-            return sum(feedback.global_loss(z, error, y) for z, feedback in places)
+            return batch.total([feedback.global_loss(z, error, y) for z, feedback in places])
 
         return GLOBAL_PASSES[self.settings.storage](network, state.cuts, x, batch, block_loss)

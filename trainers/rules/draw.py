@@ -8,7 +8,7 @@ from converter.errors import StiefelError
 from trainers.cuts import Cuts, Root
 from trainers.feedback import KolenPollack, StructuredFeedback, fitted_factors, random_factors
 from trainers.looking import in_mode, undisturbed
-from trainers.readout import Features, HiddenLayers
+from trainers.readout import FINE, Features, HiddenLayers
 from trainers.rules.local import block_rank, choose_views
 from trainers.rules.settings import SSA
 
@@ -35,6 +35,8 @@ def draw_feedback(
         # A read-out stands for the layers to come, and is deep where these are many.
         following = sum(len(block.layers) for block in cuts.blocks[index + 1 :])
         depth = min(settings.readout_layers, max(2, following // 3))
+        if root.cells(settings.pool) == (1, 1):  # likewise
+            depth = min(depth, FINE)
         return HiddenLayers(root, settings.pool, depth, settings.readout_width, generator)
 
     views = choose_views(cuts, settings, ranks, hidden)
@@ -78,7 +80,7 @@ def _fit(
     def visit(index: int, roots: tuple[Tensor, ...], logits: Tensor | None) -> None:
         if logits is None:
             pairs = zip(views[index], roots, strict=True)
-            found.extend(view.to(h.device)(h).cpu() for view, h in pairs)
+            found.extend(view.to(h)(h).cpu() for view, h in pairs)
 
     with undisturbed(network), in_mode(network, False), torch.no_grad():
         logits = cuts.run(example, visit)

@@ -1,6 +1,6 @@
 """What the local rules share: their state, and how a block's loss is sent back."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,10 @@ class Batch:
     def cross_entropy(self, logits: Tensor) -> Tensor:
         """Of logits (N, C), 0-d."""
         return cross_entropy(logits, self.y, self.label_smoothing)
+
+    def total(self, terms: Sequence[Tensor]) -> Tensor:
+        """Their sum, 0-d; of none 0, from which nothing is learned."""
+        return sum(terms) if terms else torch.zeros((), device=self.y.device)
 
 
 class LocalState(nn.Module):

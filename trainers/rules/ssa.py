@@ -48,7 +48,7 @@ class SVDSpaceAlignment:
         if settings.distillation:
             taught = Teacher(teacher, network, cuts, example, num_classes, settings)
         state = SSAState(settings, cuts, *drawn, num_classes, taught)
-        return state.to(example.device)
+        return state.to(example)  # its dtype too
 
     def step(
         self,
@@ -134,7 +134,7 @@ class _Composite:
         if self.lessons is not None:
             terms += self._taught(roots, next(self.lessons))
         terms += self._on_factors(index)
-        return sum(terms)
+        return self.batch.total(terms)
 
     def _on_roots(
         self, index: int, roots: tuple[Tensor, ...], error: Tensor | None
@@ -158,7 +158,8 @@ class _Composite:
                 alike = losses.similarity_matching(self.world.rows(z), self._similar)
                 yield settings.similarity * alike
             if settings.cosine and feedback is not None:
-                yield settings.cosine * losses.cosine(z, feedback.back(self._targets()))
+                targets = self._targets().to(feedback.subspace.dtype)
+                yield settings.cosine * losses.cosine(z, feedback.back(targets))
 
     def _taught(self, roots: tuple[Tensor, ...], lesson: Lesson) -> Iterator[Tensor]:
         """Distillation here and at each cut of the lookahead, and cross-entropy at the output."""
