@@ -31,6 +31,7 @@ RULES: dict[str, tuple[str, RuleSettings]] = {
     "ssa, linear read-outs": ("factored", SSA(readout_layers=0)),
     "ssa, two convolutions": ("factored", SSA(readout_layers=2)),
     "ssa, read-outs 32 wide": ("factored", SSA(readout_width=32)),
+    "ssa, pool 2": ("factored", SSA(pool=2)),
     "ssa, cut at units": ("factored", SSA(boundaries="units")),
     "ssa, cut at layers": ("factored", SSA(boundaries="layers")),
     "ssa, no similarity": ("factored", SSA(similarity=0.0)),

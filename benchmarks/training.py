@@ -99,6 +99,7 @@ TABLE = {
     "SSA, layer-wise": Method(SSA()),
     "SSA, layer-wise, memory 0.5": Method(SSA(memory=0.5)),
     "SSA, layer-wise, memory 0.25": Method(SSA(memory=0.25)),
+    "SSA, layer-wise, pool 2": Method(SSA(pool=2)),
     "SSA, layer-wise, linear read-outs": Method(SSA(readout_layers=0)),
     "SSA, layer-wise, two convolutions, memory 0.5": Method(SSA(readout_layers=2, memory=0.5)),
     "SSA, layer-wise, two convolutions, memory 0.25": Method(SSA(readout_layers=2, memory=0.25)),
@@ -122,7 +123,7 @@ ABLATION = {
         SSA(error="global", feedback="kolen-pollack", boundaries="units"), lr=2e-3
     ),
     "pool 1": Method(SSA(pool=1)),
-    "pool 2": Method(SSA(pool=2)),
+    "pool 2": TABLE["SSA, layer-wise, pool 2"],
     "memory 0.25": TABLE["SSA, layer-wise, memory 0.25"],
     "a unit to a block": Method(SSA(boundaries="units")),
     "2 layers to a block": Method(SSA(layers_per_block=2)),
