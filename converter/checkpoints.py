@@ -261,8 +261,9 @@ def _factored(
                     f"{path} is damaged: '{name}.{part}' is {tuple(factor.shape)}, not {shape}"
                 )
         new[name] = layer.factored(factors, record.scheme)
-        bias = tensors.get(f"{name}.bias")
-        new[name].bias = None if bias is None else nn.Parameter(bias)
+        bias, built = tensors.get(f"{name}.bias"), new[name].bias
+        trained = built is None or built.requires_grad
+        new[name].bias = None if bias is None else nn.Parameter(bias, requires_grad=trained)
     return new
 
 

@@ -45,8 +45,16 @@ def count_macs(model: nn.Module, example: Tensor) -> int:
         model: any model; its modes are left as found.
         example: a batch (N, C, H, W); its first image is run.
     """
-    with inference(model), FlopCounterMode(display=False) as counter:
-        model(example[:1])
+    trained = [p for p in model.parameters() if p.requires_grad]
+    try:
+        # torch's counter looks for the graph of what requires gradients, and views have none here.
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        with inference(model), FlopCounterMode(display=False) as counter:
+            model(example[:1])
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
     return counter.get_total_flops() // 2
 
 

@@ -290,6 +290,8 @@ def _refusal(module: nn.Module) -> str | None:
         return "its weight is recomputed at every step (weight or spectral norm, pruning)"
     if not _computes_plainly(module):
         return f"its class {type(module).__name__} changes what the layer computes"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "it has forward hooks, which another layer in its place would not have"
     if getattr(module, "groups", 1) > 1 and module.weight.shape[1] == 1:
         return "depthwise: one input channel to a group leaves nothing to factor"
     return None

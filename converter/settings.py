@@ -4,6 +4,8 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
+LARGEST_SEED = 2**32 - 1  # that every generator takes
+
 
 class Settings(BaseModel):
     """A frozen, validated configuration whose fields are also recipe keys and command options."""

@@ -181,7 +181,9 @@ def _kind(module: nn.Module) -> tuple[str, dict[str, Any]]:
         return "FactoredAttention", {key: getattr(module, key) for key in keys}
     else:
         return type(module).__name__, {}
-    return type(module).__name__, options | {"bias": module.bias is not None}
+    # The class that computes it: an attention's output is of a subclass of torch's own.
+    kind = next(k for k in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear) if isinstance(module, k))
+    return kind.__name__, options | {"bias": module.bias is not None}
 
 
 def _make(kind: str, options: dict[str, Any]) -> nn.Module:

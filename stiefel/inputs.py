@@ -9,6 +9,7 @@ import click
 
 from converter.files import check_place, write_text
 from converter.models import parse_args
+from converter.settings import LARGEST_SEED
 from stiefel.options import collect, given, settings_options
 from stiefel.plots import ENDINGS
 from stiefel.recipe import DataSection, ModelSection
@@ -42,7 +43,8 @@ class NewFile(click.Path):
 NEW_FILE, NEW_CHECKPOINT, NEW_PLOT = NewFile(), NewFile(".safetensors"), NewFile(*ENDINGS)
 
 json_option = click.option("--json", "json_file", type=NEW_FILE, help="write the result as JSON")
-seed_option = click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+seed_range = click.IntRange(0, LARGEST_SEED)
+seed_option = click.option("--seed", type=seed_range, default=0, show_default=True)
 device_option = click.option(
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True
 )

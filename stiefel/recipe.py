@@ -9,7 +9,7 @@ from pydantic import Field, JsonValue, ValidationError
 from converter.calibration import Calibration
 from converter.errors import StiefelError
 from converter.files import write_text
-from converter.settings import Settings
+from converter.settings import LARGEST_SEED, Settings
 from converter.specs import InputChange
 from export.bench import BenchSettings
 from export.onnx import OnnxSettings
@@ -112,7 +112,7 @@ class Recipe(Settings):
     """A whole road: build, pretrain, convert, train, export, bench; absent sections are skipped."""
 
     name: str = Field("run", description="names the run folder")
-    seed: int = Field(0, ge=0, description="the one seed of everything random")
+    seed: int = Field(0, ge=0, le=LARGEST_SEED, description="the one seed of everything random")
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto takes CUDA where there is one"
     )

@@ -136,6 +136,16 @@ def check_factored(network: nn.Module, rule: RuleSettings) -> None:
         )
 
 
+def check_trainable(network: nn.Module) -> None:
+    """Refuse a network that is frozen throughout.
+
+    Raises:
+        StiefelError: no parameter requires gradients.
+    """
+    if not any(p.requires_grad for p in network.parameters()):
+        raise StiefelError("nothing to train: every parameter of the model is frozen")
+
+
 def check_precision(network: nn.Module, images: Tensor) -> None:
     """Refuse weights too coarse to train, and images (N, C, H, W) of a dtype that no weight has.
 

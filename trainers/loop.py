@@ -64,6 +64,7 @@ class Training:
         """Check all that can be checked, build the rest, go to where an earlier run stopped."""
         settings, network, device = self.settings, self.network, self.device
         checks.check_factored(network, self.rule_settings)
+        checks.check_trainable(network)
         if settings.batch_norm != "frozen":
             together = self.world.size if settings.batch_norm == "sync" else 1
             checks.check_batch_norm(network, self.shares.part * together)

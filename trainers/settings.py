@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from converter.settings import Settings
+from converter.settings import LARGEST_SEED, Settings
 from trainers.device import DeviceName, MemoryFormat, Precision
 from trainers.rank_schedule import RankSchedule
 
@@ -42,7 +42,9 @@ class TrainSettings(Settings):
     )
     precision: Precision = Field("fp32", description="fp32, or autocast to bf16 or fp16")
     device: DeviceName = Field("auto", description="auto takes CUDA where there is one")
-    seed: int = Field(0, ge=0, description="of data order, augmentation, feedback and dropout")
+    seed: int = Field(
+        0, ge=0, le=LARGEST_SEED, description="of data order, augmentation, feedback and dropout"
+    )
     deterministic: bool = Field(
         False, description="only algorithms that repeat bit for bit on CUDA too (slower there)"
     )

@@ -10,7 +10,7 @@ from torch import nn
 
 from converter.checkpoints import save_factored
 from converter.errors import StiefelError, first_line
-from converter.factors import factored_layers
+from converter.factors import Factored
 from converter.files import atomic_path, check_place, write_text
 from trainers.manifold import tied_layers, truncate_
 
@@ -121,7 +121,9 @@ def _fitting_ranks(
 ) -> dict[str, int]:
     """The ranks that were kept, if all else has the network's shapes."""
     own = network.state_dict()
-    layers = factored_layers(network)
+    # Under each of its names, where one module has several.
+    modules = network.named_modules(remove_duplicate=False)
+    layers = [name for name, module in modules if isinstance(module, Factored)]
     ranks = {name: kept[f"{name}.S"].shape[-1] for name in layers if f"{name}.S" in kept}
     for key in [*own, *kept]:
         layer, _, leaf = key.rpartition(".")

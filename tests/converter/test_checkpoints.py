@@ -117,6 +117,19 @@ def test_a_factored_model_comes_back_exactly(tmp_path, nets, name, dtype):
     assert all(p.requires_grad for p in again.parameters())
 
 
+def test_what_is_frozen_comes_back_frozen(tmp_path, nets):
+    dense = load("zoo:mlp")
+    frozen = next(module for module in dense.modules() if isinstance(module, nn.Linear))
+    frozen.requires_grad_(False)
+    model = convert(dense, plan(dense, 4))
+    save_factored(model, tmp_path / "s.safetensors")
+    # Of what is frozen a file tells nothing but what the factory says, which here is built anew.
+    again = load_factored(tmp_path / "s.safetensors", model=copy.deepcopy(dense))
+    asked, found = ({n: p.requires_grad for n, p in m.named_parameters()} for m in (model, again))
+    assert asked == found
+    assert not all(asked.values())
+
+
 @given(ranks=st.lists(st.integers(0, 16), min_size=4, max_size=4), seed=st.integers(0, 99))
 def test_any_choice_of_ranks_comes_back(tmp_path_factory, ranks, seed):
     torch.manual_seed(seed)

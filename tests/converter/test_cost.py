@@ -17,6 +17,25 @@ def conv_macs(layer, output) -> int:
     return layer.weight.numel() * output[-1] * output[-2]
 
 
+class Query(nn.Module):
+    """A learned query, one for all images, goes through a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.layer = nn.Parameter(torch.randn(1, 3, 10)), nn.Linear(10, 5)
+
+    def forward(self, x):
+        return self.layer(self.query.expand(len(x), -1, -1)) + x.sum()
+
+
+def test_views_of_parameters_are_no_matter():
+    model = Query()
+    model.layer.bias.requires_grad_(False)
+    assert count_macs(model, X) == 3 * 10 * 5
+    asked = {name: p.requires_grad for name, p in model.named_parameters()}
+    assert asked == {"query": True, "layer.weight": True, "layer.bias": False}
+
+
 def test_a_tied_parameter_is_counted_once():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight = model[0].weight

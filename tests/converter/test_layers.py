@@ -127,6 +127,15 @@ def test_weights_recomputed_by_hooks_stay_dense_and_say_so(recompute):
     close(model(x), before)
 
 
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_a_layer_with_hooks_stays_dense_and_keeps_them(register):
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(3, 8)
+    getattr(model[0], register)(lambda m, *given: given[-1][0] * 0.5)
+    made = plan(model, 8, layers={"1": {"rank": 8}})
+    assert "forward hooks" in made["0"].reason
+    close(convert(model, made)(x), model(x))
+
+
 def reasons() -> dict[str, tuple[nn.Module, str]]:
     return {
         "depthwise": (nn.Conv2d(8, 8, 3, groups=8), "depthwise"),

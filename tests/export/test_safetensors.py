@@ -12,6 +12,7 @@ import torchvision
 from torch import nn
 
 import export.safetensors as module
+from converter.convert import convert, plan
 from converter.errors import StiefelError
 from converter.models import load
 from export import parity
@@ -105,6 +106,20 @@ def test_an_architecture_of_ones_own_is_rebuilt_in_any_precision(
         build(path)
     with pytest.raises(StiefelError, match="doesn't fit Linear: "):
         build(path, model=nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("rank", [0.5, None])
+def test_attention_whose_output_projection_is_dense_is_rebuilt(tmp_path, factor, rank):
+    torch.manual_seed(0)
+    dense = Reading()
+    if rank is None:
+        model = dense
+    else:
+        model = convert(dense, plan(dense, rank, layers={"attention.out_proj": "keep"}))
+    path = tmp_path / "own.safetensors"
+    export_safetensors(model, path)
+    again, x = build(path, model=Reading()), torch.randn(2, 5, 32)
+    torch.testing.assert_close(again(x), compact(model)(x))
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from tests.trainers.networks import digits_network as network
 from tests.trainers.short import Images, own, settings
 from trainers.data import Data
 from trainers.rank_schedule import RankSchedule
-from trainers.rules import BP, SSA
+from trainers.rules import BP, DFA, SSA
 from trainers.trainer import TrainSettings, train_local
 
 
@@ -110,6 +110,13 @@ def test_images_that_do_not_fit_the_model_s_own_specification_are_named():
     model = convert(dense := load("zoo:digits"), plan(dense, "0.4"))
     with pytest.raises(StiefelError, match="own has images 3x8x8, zoo:digits 1x8x8"):
         train_local(model, own(Images(range(10), (3, 8, 8))), settings=settings(batch_size=2))
+
+
+@pytest.mark.parametrize("rule", [BP(), DFA(), SSA()], ids=lambda rule: rule.name)
+def test_a_model_that_is_frozen_throughout_is_refused(rule, data):
+    model = network().requires_grad_(False)
+    with pytest.raises(StiefelError, match="every parameter of the model is frozen"):
+        train_local(model, data, rule=rule, settings=TrainSettings(epochs=1, device="cpu"))
 
 
 def test_a_model_without_factored_layers_is_no_matter_for_ssa(data):

@@ -1,12 +1,16 @@
 """What a run keeps on disk: whole or not at all, and its own."""
 
+import copy
 import json
 
 import pytest
 import torch
+from torch import nn
 
+from converter.convert import convert, plan
 from converter.errors import StiefelError
-from tests.trainers.interrupting import network, settings
+from tests.trainers.interrupting import InterruptAt, network, settings
+from trainers.rank_schedule import RankSchedule
 from trainers.state import RunFolder
 from trainers.trainer import train_local
 
@@ -94,3 +98,34 @@ def test_a_disk_that_fills_up_leaves_the_earlier_epoch_whole(data, tmp_path, mon
         train_local(network(), data, settings=settings(), out=tmp_path)
     assert torch.load(tmp_path / "state.pt", weights_only=True)["epoch"] == 2
     assert not list(tmp_path.glob(".*"))
+
+
+class Twice(nn.Module):
+    """One module under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.Linear(64, 64)
+        self.steps, self.head = nn.ModuleList([layer, layer]), nn.Linear(64, 10)
+
+    def forward(self, x):
+        h = x.flatten(1)
+        for step in self.steps:
+            h = torch.relu(step(h))
+        return self.head(h)
+
+
+def test_a_module_under_two_names_resumes_after_its_rank_has_fallen(data, tmp_path):
+    ended = []
+    ranks = RankSchedule(final="4", start=2, end=2, floor=2)
+    for name, progress in (("whole", None), ("stopped", InterruptAt(2, 2))):
+        torch.manual_seed(0)
+        begun = convert(Twice(), plan(Twice(), 8))
+        chosen, out = settings(epochs=3, ranks=ranks), tmp_path / name
+        for resume in (False, True)[: 1 + bool(progress)]:
+            model = copy.deepcopy(begun)
+            rest = {} if resume else {"progress": progress}
+            train_local(model, data, settings=chosen, out=out, resume=resume, **rest)
+        ended.append(model.state_dict())
+    assert ended[0]["steps.1.S"].shape == (4,)
+    assert all(torch.equal(ended[1][key], value) for key, value in ended[0].items())
