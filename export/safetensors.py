@@ -38,6 +38,11 @@ from export.result import ExportResult
 FORMAT, VERSION = "stiefel-compact", "1"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _CONVOLUTION = "in_channels out_channels kernel_size stride padding dilation groups padding_mode"
+# Plain layers, and their arguments besides the bias.
+_KINDS = {
+    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), _CONVOLUTION),
+    nn.Linear: "in_features out_features",
+}
 
 
 class SafetensorsSettings(Settings):
@@ -172,18 +177,15 @@ def describe_layers(small: Compaction) -> dict[str, tuple[str, dict[str, Any]]]:
 
 
 def _kind(module: nn.Module) -> tuple[str, dict[str, Any]]:
-    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        options = {key: getattr(module, key) for key in _CONVOLUTION.split()}
-    elif isinstance(module, nn.Linear):
-        options = {"in_features": module.in_features, "out_features": module.out_features}
-    elif isinstance(module, FactoredAttention):
+    if isinstance(module, FactoredAttention):
         keys = ("embed_dim", "num_heads", "dropout", "batch_first")
         return "FactoredAttention", {key: getattr(module, key) for key in keys}
-    else:
-        return type(module).__name__, {}
-    # The class that computes it: an attention's output is of a subclass of torch's own.
-    kind = next(k for k in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear) if isinstance(module, k))
-    return kind.__name__, options | {"bias": module.bias is not None}
+    # By the class that computes it: an attention's output is of a subclass of torch's own.
+    for kind, keys in _KINDS.items():
+        if isinstance(module, kind):
+            options = {key: getattr(module, key) for key in keys.split()}
+            return kind.__name__, options | {"bias": module.bias is not None}
+    return type(module).__name__, {}
 
 
 def _make(kind: str, options: dict[str, Any]) -> nn.Module:

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from trainers.randomness import host_state, restore_host_state
 
@@ -22,6 +23,16 @@ def in_mode(network: nn.Module, training: bool) -> Iterator[None]:
 
 
 @contextmanager
+def dropping(network: nn.Module) -> Iterator[None]:
+    """Evaluation mode, so that norms keep their statistics, but dropout drops as in training."""
+    with in_mode(network, False):
+        for module in network.modules():
+            if isinstance(module, _DropoutNd):
+                module.train()
+        yield
+
+
+@contextmanager
 def undisturbed(*networks: nn.Module, but: Collection[nn.Module] = ()) -> Iterator[None]:
     """Afterwards their buffers and numbers are as they were, and random numbers still to come.
 
@@ -32,14 +43,14 @@ def undisturbed(*networks: nn.Module, but: Collection[nn.Module] = ()) -> Iterat
     buffers = [(m, name, b) for m in modules for name, b in m.named_buffers(recurse=False)]
     before = [buffer.clone() for _, _, buffer in buffers]
     devices = {p.device for n in networks for p in n.parameters() if p.device.type == "cuda"}
-    counts = [numbers_of(network) for network in networks]
+    numbers = numbers_of(*networks)
     generators = host_state()
     with torch.random.fork_rng(devices):
         try:
             yield
         finally:
             restore_host_state(generators)
-            for module, own in (pair for count in counts for pair in count.items()):
+            for module, own in numbers.items():
                 vars(module).update(own)
             with torch.no_grad():
                 for (module, name, buffer), value in zip(buffers, before, strict=True):
@@ -47,9 +58,10 @@ def undisturbed(*networks: nn.Module, but: Collection[nn.Module] = ()) -> Iterat
                     setattr(module, name, buffer)  # a forward may have put another in its place
 
 
-def numbers_of(network: nn.Module) -> dict[nn.Module, Mapping[str, float]]:
+def numbers_of(*networks: nn.Module) -> dict[nn.Module, Mapping[str, float]]:
     """Each module's attributes that are plain numbers, which its forward may count on."""
     return {
         module: {name: value for name, value in vars(module).items() if type(value) in (int, float)}
+        for network in networks
         for module in network.modules()
     }

@@ -117,13 +117,13 @@ def test_a_factored_model_comes_back_exactly(tmp_path, nets, name, dtype):
     assert all(p.requires_grad for p in again.parameters())
 
 
-def test_what_is_frozen_comes_back_frozen(tmp_path, nets):
+def test_what_is_frozen_comes_back_frozen(tmp_path):
     dense = load("zoo:mlp")
     frozen = next(module for module in dense.modules() if isinstance(module, nn.Linear))
     frozen.requires_grad_(False)
     model = convert(dense, plan(dense, 4))
     save_factored(model, tmp_path / "s.safetensors")
-    # Of what is frozen a file tells nothing but what the factory says, which here is built anew.
+    # The file holds values; what is frozen is the architecture's to say.
     again = load_factored(tmp_path / "s.safetensors", model=copy.deepcopy(dense))
     asked, found = ({n: p.requires_grad for n, p in m.named_parameters()} for m in (model, again))
     assert asked == found

@@ -28,3 +28,9 @@ def digits_network(
         nn.Linear(384, 10),
     )
     return convert(dense, plan(dense, "0.4")) if factored else dense
+
+
+def around(inner: nn.Module) -> nn.Sequential:
+    """A network of which `inner` is a part."""
+    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), inner, nn.ReLU(), *head)

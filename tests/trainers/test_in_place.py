@@ -212,8 +212,6 @@ def test_named_blocks_hand_on_what_may_be_written_into(images):
 class DroppedInPlace(_Network):
     """Dropout writes, in training alone, into a view of what a block gave."""
 
-    blocks = ("layers.0", "activation", "layers.2")
-
     def __init__(self) -> None:
         super().__init__()
         self.activation, self.drop = nn.ReLU(), nn.Dropout(0.5, inplace=True)
@@ -227,6 +225,8 @@ class DroppedInPlace(_Network):
 class NamedDroppedInPlace(DroppedInPlace):
     """The same, cut by name."""
 
+    blocks = ("layers.0", "activation", "layers.2")
+
 
 @pytest.mark.parametrize("rule", [DFA, partial(SSA, error="global", similarity=1)])
 @pytest.mark.parametrize(
@@ -234,8 +234,7 @@ class NamedDroppedInPlace(DroppedInPlace):
 )
 def test_stored_blocks_give_what_recomputed_ones_do(made, rule, images):
     network, labels, gradients = made(), torch.arange(len(images)) % 5, []
-    named = made.__name__.startswith("Named")
-    where = {"blocks": made.blocks} if named else {"boundaries": "layers"}
+    where = {"blocks": made.blocks} if hasattr(made, "blocks") else {"boundaries": "layers"}
     for storage in ("stored", "recomputed"):
         learner = make_rule(rule(storage=storage, **where))
         state = learner.init(network, images, 5, torch.Generator().manual_seed(0))

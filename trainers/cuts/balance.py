@@ -11,12 +11,11 @@ from math import inf
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from trainers.cuts.graph import Traced
 from trainers.cuts.places import make_segments
 from trainers.cuts.traced import TracedCuts
-from trainers.looking import in_mode, undisturbed
+from trainers.looking import dropping, undisturbed
 
 
 def balanced_ends(
@@ -97,11 +96,8 @@ class _Saved:
     """What each unit saves for backward, of one batch (N, C, H, W)."""
 
     def __init__(self, network: nn.Module, cuts: TracedCuts, x: Tensor) -> None:
-        # Norms keep their statistics as they are; dropout drops, since its masks are saved too.
-        dropouts = [m for m in network.modules() if isinstance(m, _DropoutNd)]
-        with undisturbed(network), in_mode(network, False), torch.enable_grad():
-            for module in dropouts:
-                module.train()
+        # Masks of dropout are saved too.
+        with undisturbed(network), dropping(network), torch.enable_grad():
             self._alone = self._storages(cuts, x, detached=True)
             self._within = self._storages(cuts, x, detached=False)
 

@@ -10,7 +10,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_leaves
 
 from converter.factors import Factored
-from trainers.cuts.tracer import ATTENTION, UntraceableError, refusal, symbolic
+from trainers.cuts.tracer import ATTENTION, IMPURE, UntraceableError, refusal, symbolic
 from trainers.looking import in_mode, undisturbed
 
 # Dimensions of size three are rare, so that of so many images can be told from others.
@@ -89,7 +89,7 @@ def _check_kept(writes: Mapping[fx.Node, set[fx.Node]]) -> None:
         if any(node.op == "get_attr" for node in written):
             within = [*writer.meta.get("nn_module_stack", {}).values()]
             name = within[-1][0] if within else ""
-            raise UntraceableError("its forward draws at random, or changes a buffer", name)
+            raise UntraceableError(IMPURE, name)
 
 
 class _Recorder(fx.Interpreter):
@@ -120,7 +120,7 @@ class _Recorder(fx.Interpreter):
         # What writes in training alone, as dropout does, says so.
         if getattr(module, "inplace", False):
             written.update(n.all_input_nodes[:1])
-        self.writes[n] = set().union(*(self._sharing.get(m, ()) for m in written))
+        self.writes[n] = set().union(*(self._sharing[m] for m in written))
         self.same[n] = {m for m in written if _is_same(tensors[m], value)}
         self._share(n, value)
         self.seen[n] = fx.node.map_aggregate(

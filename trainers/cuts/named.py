@@ -1,19 +1,18 @@
 """Cuts for networks that cannot be traced: the user names the submodules that are the blocks."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from converter.errors import StiefelError
 from trainers.cuts.blocks import Block, Visit, logits_of, make_root
 from trainers.cuts.places import told_apart
-from trainers.looking import in_mode, undisturbed
+from trainers.looking import dropping, undisturbed
 
 
 class NamedCuts:
@@ -130,14 +129,8 @@ class NamedCuts:
 
         version = images._version
         network = self._network
-        with ExitStack() as stack:
-            for context in (undisturbed(network), in_mode(network, False), torch.enable_grad()):
-                stack.enter_context(context)
-            stack.enter_context(self._hooked(hook))
-            for module in network.modules():
-                # Writes in training alone.
-                if isinstance(module, _DropoutNd) and module.inplace:
-                    module.train()
+        # Dropout may write in place.
+        with undisturbed(network), dropping(network), torch.enable_grad(), self._hooked(hook):
             output = logits_of(network(images))
         self._overwrites_image = images._version != version
         self._overwritten = {

@@ -20,6 +20,8 @@ ATTENTION = (nn.MultiheadAttention, FactoredAttention)
 WHOLE = (Factored, *ATTENTION, _NormBase, _DropoutNd)
 TRACE_ADVICE = "name the submodules that are to be its blocks, by glob, under `blocks`"
 
+IMPURE = "its forward draws at random, or changes a buffer"
+
 
 class UntraceableError(Exception):
     """Why a graph cannot tell a forward; `culprit` is the innermost module whose it is, or ''."""
@@ -151,7 +153,7 @@ def _kept_by(module: nn.Module) -> tuple[Any, ...]:
 def _check_pure(module: nn.Module, before: tuple[Any, ...]) -> None:
     # The graph would repeat this one draw for ever, and never keep anything again.
     if _kept_by(module) != before:
-        raise TypeError("its forward draws at random, or changes a buffer")
+        raise TypeError(IMPURE)
 
 
 @contextmanager
