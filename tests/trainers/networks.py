@@ -1,4 +1,4 @@
-"""The small network for digits that tests of training share."""
+"""The small networks that tests of training share."""
 
 import torch
 from torch import nn
