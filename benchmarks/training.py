@@ -85,10 +85,11 @@ SCALES = {
     "medium": Scale(("smallconv", "vgg8*0.5", "resnet32"), 6000, 10),
     "full": Scale(("smallconv", "vgg13", "resnet32", "mobilenetv1"), None, 100),
 }
+MOBILE = {"mobilenetv1*0.5": 1e-2}
 NARROW = {"readout_layers": 2, "readout_width": 32}
 TABLE = {
-    "backpropagation, dense": Method(BP(), None),
-    "backpropagation, factored": Method(BP()),
+    "backpropagation, dense": Method(BP(), None, lr_of=MOBILE),
+    "backpropagation, factored": Method(BP(), lr_of=MOBILE),
     # Feedback of the output's error goes to every unit, as published.
     "DFA, dense random feedback": Method(DFA(boundaries="units"), None, lr=2e-3),
     "SSA, global error": Method(

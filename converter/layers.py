@@ -153,8 +153,9 @@ def prepared(model: nn.Module, *, share: bool = False) -> nn.Module:
             for changing.
 
     Raises:
-        StiefelError: a lazy or meta parameter holds no values yet.
+        StiefelError: a lazy or meta parameter holds no values yet, or a part is TorchScript.
     """
+    refuse_scripted(model)
     memo: dict[int, object] = {id(t): t.detach() for t in _recomputed(model)}
     if share:
         memo |= {id(t): t for t in (*model.parameters(), *model.buffers())}
@@ -164,11 +165,31 @@ def prepared(model: nn.Module, *, share: bool = False) -> nn.Module:
                 f"{name} holds no values yet: run or load the model before converting"
             )
     ready = copy.deepcopy(model, memo)
-    for module in list(ready.modules()):
-        if parametrize.is_parametrized(module):
-            _fold_parametrizations(module)
+    fold_parametrizations(ready)
     replace_modules(ready, _open_attention)
     return ready
+
+
+def fold_parametrizations(model: nn.Module) -> None:
+    """Make plain weights of parametrized ones (weight norm, orthogonal maps); in place."""
+    for module in list(model.modules()):
+        if parametrize.is_parametrized(module):
+            _fold_parametrizations(module)
+
+
+def refuse_scripted(model: nn.Module) -> None:
+    """Refuse TorchScript, whose layers are compiled and can be neither read nor replaced.
+
+    Raises:
+        StiefelError: names the part that is.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            part = f"its part {name}" if name else "it"
+            raise StiefelError(
+                f"the model cannot be taken apart: {part} is TorchScript; give the module as it "
+                "was before torch.jit"
+            )
 
 
 def closed(model: nn.Module) -> nn.Module:

@@ -19,6 +19,7 @@ from converter.factories import (
     import_factory,
     refuse_unless_factory,
 )
+from converter.layers import refuse_scripted
 from converter.specs import InputChange, InputSpec, ModelSpec, checked_args, parse_shape, spec_of
 from converter.state_dicts import load_state, read_state
 from converter.zoo import ZOO, default_input
@@ -59,12 +60,14 @@ def load(
         The model, its specification in `model.stiefel_spec` (see `spec_of`).
 
     Raises:
-        StiefelError: unknown model or argument, unreadable checkpoint, keys that don't fit.
+        StiefelError: unknown model or argument, TorchScript, unreadable checkpoint, keys that don't
+            fit.
     """
     note = note or _warn
     if checkpoint is not None and weights is not None:
         raise StiefelError("give a checkpoint or weights, not both")
     model, expected, used = _build(name, checked_args(args or {}), weights, note)
+    refuse_scripted(model)
     if checkpoint is not None:
         if "transform_input" in used and "transform_input" not in (args or {}):
             note(f"{name}: torchvision's own weights want the model argument transform_input=true")

@@ -231,6 +231,32 @@ class MobileNetV1(nn.Module):
         return self.classifier(self.features(x).mean(dim=(2, 3)))
 
 
+def vit(
+    num_classes: int = 10,
+    in_channels: int = 3,
+    size: int = 32,
+    patch: int = 4,
+    width: int = 128,
+    depth: int = 6,
+    heads: int = 4,
+) -> nn.Module:
+    """A vision transformer (arXiv 2010.11929) for small images, its MLPs twice as wide.
+
+    Args:
+        size: side of the square input, a multiple of `patch`.
+        patch: side of the squares that become tokens.
+        width: of a token, a multiple of `heads`.
+        depth: encoder layers.
+        heads: of each attention.
+    """
+    from torchvision.models import VisionTransformer  # here, because it takes a second
+
+    model = VisionTransformer(size, patch, depth, heads, width, 2 * width, num_classes=num_classes)
+    if in_channels != model.conv_proj.in_channels:
+        model.conv_proj = nn.Conv2d(in_channels, width, patch, patch)
+    return model
+
+
 ZOO: dict[str, Callable[..., nn.Module]] = {
     "smallconv": small_conv,
     "digits": digits,
@@ -239,6 +265,7 @@ ZOO: dict[str, Callable[..., nn.Module]] = {
     "vgg13": vgg13,
     **{f"resnet{depth}": _resnet(depth) for depth in (20, 32, 44, 56, 110)},
     "mobilenetv1": MobileNetV1,
+    "vit": vit,
 }
 
 

@@ -26,11 +26,13 @@ from torch import Tensor, nn
 
 from converter.attention import FactoredAttention
 from converter.checkpoints import load_any
-from converter.errors import StiefelError, first_line
+from converter.errors import StiefelError
 from converter.files import atomic_path
+from converter.layers import fold_parametrizations
 from converter.models import rebuild
 from converter.settings import Settings
 from converter.specs import ModelSpec, spec_of
+from converter.state_dicts import versioned
 from export import parity
 from export.compact import Compaction, PairedLinear, compaction
 from export.result import ExportResult
@@ -84,7 +86,8 @@ def export_safetensors(
         _check(temporary, state)
         if spec is not None:
             x = parity.random_input(torch.zeros(1, *spec.input.shape), 2, seed=0)
-            found = _compare(reference, build(temporary).float(), x, settings.precision)
+            again = _rebuilt(rebuild(spec), metadata["layers"], state, path).float()
+            found = _compare(reference, again, x, settings.precision)
         size = temporary.stat().st_size
     return ExportResult(
         path=Path(path),
@@ -117,18 +120,30 @@ def build(path: str | Path, *, model: nn.Module | None = None) -> nn.Module:
             f"{path} doesn't say which model it is; pass the architecture to build()"
         )
     model = rebuild(spec) if model is None else model
-    try:
-        for name, (kind, options) in json.loads(metadata["layers"]).items():
-            model.set_submodule(name, _make(kind, options))
-        state = safetensors.torch.load_file(path)
-        model.to(next(t.dtype for t in state.values() if t.is_floating_point()))
-        model.load_state_dict(state)
-    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-        first = first_line(error)
-        raise StiefelError(f"{path} doesn't fit {type(model).__name__}: {first}") from error
+    model = _rebuilt(model, metadata["layers"], safetensors.torch.load_file(path), path)
     if spec is not None:
         model.stiefel_spec = spec
-    return model.eval().requires_grad_(False)
+    return model.requires_grad_(False)
+
+
+def _rebuilt(
+    model: nn.Module, layers: str, state: dict[str, Tensor], source: str | Path
+) -> nn.Module:
+    """The architecture with the file's layers and tensors, in place.
+
+    Raises:
+        StiefelError: they don't fit.
+    """
+    try:
+        for name, (kind, options) in json.loads(layers).items():
+            model.set_submodule(name, _make(kind, options))
+        fold_parametrizations(model)
+        model.to(next(t.dtype for t in state.values() if t.is_floating_point()))
+        model.load_state_dict(versioned(model, state))
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        text = " ".join(str(error).split())
+        raise StiefelError(f"{source} doesn't fit {type(model).__name__}: {text}") from error
+    return model.eval()
 
 
 def open_model(source: str | Path) -> nn.Module:

@@ -24,8 +24,8 @@ def test_every_network_takes_other_classes_and_channels(name):
     assert model(example(name, **args)).shape == (2, 7)
 
 
-@pytest.mark.parametrize("name", ["digits", "smallconv", "mlp", "vgg8"])
-def test_networks_with_flattened_features_take_another_size(name):
+@pytest.mark.parametrize("name", ["digits", "smallconv", "mlp", "vgg8", "vit"])
+def test_networks_with_flattened_features_or_places_take_another_size(name):
     model = ZOO[name](size=16).eval()
     assert model(example(name, size=16)).shape == (2, 10)
 
