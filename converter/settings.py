@@ -10,7 +10,7 @@ LARGEST_SEED = 2**32 - 1  # that every generator takes
 class Settings(BaseModel):
     """A frozen, validated configuration whose fields are also recipe keys and command options."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import Field, JsonValue, ValidationError, model_validator
+from pydantic import Field, JsonValue, ValidationError, field_validator, model_validator
 from torch import nn
 
 from converter.errors import StiefelError
@@ -11,6 +11,17 @@ from converter.settings import Settings
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def _written(shape: Any) -> Any:
+    """3x32x32, as shapes are written elsewhere; whatever else there is goes on to be checked."""
+    text = shape[0] if isinstance(shape, list | tuple) and len(shape) == 1 else shape
+    if not isinstance(text, str):
+        return shape
+    try:
+        return parse_shape(text)
+    except StiefelError as error:
+        raise ValueError(str(error)) from error
 
 
 class InputSpec(Settings):
@@ -31,6 +42,8 @@ class InputSpec(Settings):
     interpolation: Literal["nearest", "bilinear", "bicubic"] = Field(
         "bilinear", description="how images are resized"
     )
+
+    _shape = field_validator("shape", mode="before")(_written)
 
     @model_validator(mode="after")
     def _consistent(self) -> "InputSpec":
@@ -83,6 +96,8 @@ class InputChange(Settings):
     interpolation: Literal["nearest", "bilinear", "bicubic"] | None = Field(
         None, description="how images are resized; none: the model's own"
     )
+
+    _shape = field_validator("shape", mode="before")(_written)
 
     def of(self, expected: InputSpec) -> InputSpec:
         """The model's input with these changes.

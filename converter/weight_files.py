@@ -144,11 +144,14 @@ def _needs_code(path: Path, culprit: str) -> StiefelError:
 
 
 def _unreadable(path: Path, error: Exception) -> StiefelError:
+    if isinstance(error, OSError) and error.strerror:
+        return StiefelError(f"cannot read {path}: {error.strerror}")
     with path.open("rb") as file:
         start = file.read(64)
     if not start:
         return StiefelError(f"{path} is empty; fetch it again")
     if start.startswith(b"version https://git-lfs"):
         return StiefelError(f"{path} is only a Git LFS pointer; run git lfs pull")
-    text = " ".join(str(error).split())[:120]
-    return StiefelError(f"{path} is truncated or no checkpoint ({text}); fetch it again")
+    # What torch says of a pickle is a lecture, or a number.
+    text = f" ({' '.join(str(error).split())})" if isinstance(error, SafetensorError) else ""
+    return StiefelError(f"{path} is truncated or no checkpoint{text}; fetch it again")

@@ -51,7 +51,7 @@ class SafetensorsSettings(Settings):
     """How a compact .safetensors file is written."""
 
     precision: Literal["fp32", "fp16", "bf16"] = Field(
-        "fp32", description="number format of the weights"
+        "fp32", description="number format of weights; bf16 in .safetensors alone"
     )
 
 

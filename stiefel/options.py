@@ -143,10 +143,11 @@ def _parsed(value: Any, annotation: Any) -> Any:
     """An option's text as the value that pydantic checks; commas separate a list."""
     if not isinstance(value, str):
         return value
-    if value == "none":
-        return None
     kinds = _alternatives(annotation)
-    if any(get_origin(kind) is tuple for kind in kinds):
+    lists = any(get_origin(kind) is tuple for kind in kinds)
+    if value == "none":
+        return () if lists and NoneType not in get_args(annotation) else None
+    if lists:
         return [part.strip() for part in value.split(",") if part.strip()]
     if any(get_origin(kind) is dict for kind in kinds):
         try:

@@ -25,7 +25,7 @@ from converter.requests import Request, read_requests
 from export.bench import places
 from stiefel.materials import calibration_images, example_of
 from stiefel.recipe import ConvertSection, Recipe, TrainSection
-from trainers.checks import check_factored, check_parts
+from trainers.checks import check_batch_norm, check_factored, check_parts
 from trainers.cuts import CutSettings, check_cuts, cut
 from trainers.rank_schedule import RankSchedule, check_epochs, check_schedule, look
 from trainers.rules import SSA
@@ -133,6 +133,8 @@ def _check_lower(ranks: RankSchedule, converted: Policy) -> None:
 def _check_training(section: TrainSettings, model: nn.Module, factors: bool) -> None:
     """Refuse what no rule can do; of ranks only the epochs where there are none to look at yet."""
     check_parts(section.batch_size, section.accumulate)
+    if section.batch_norm != "frozen":
+        check_batch_norm(model, section.batch_size // section.accumulate)
     if factors:
         check_epochs(section.ranks, section.epochs)
     else:

@@ -156,10 +156,14 @@ def check_precision(network: nn.Module, images: Tensor) -> None:
     dtypes = {p.dtype for p in weights}
     coarse = {p.dtype for p in weights if p.requires_grad and p.element_size() < 4}
     if wrong := coarse or (images.dtype not in dtypes and dtypes):
-        names = [str(dtype).removeprefix("torch.") for dtype in (wrong.pop(), images.dtype)]
+        dtype = wrong.pop()
+        names = [str(dtype).removeprefix("torch.") for dtype in (dtype, images.dtype)]
+        remedy = "model.float(), then store it again"
+        if dtype == torch.float32:
+            remedy = "image.float() in the data set"
         raise StiefelError(
             f"the network's weights are {names[0]}, the images {names[1]}: training takes both in "
-            "float32 (model.float(), then store it again)"
+            f"float32 ({remedy})"
         )
 
 

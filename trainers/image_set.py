@@ -268,7 +268,7 @@ def batches(
             is not touched.
 
     Raises:
-        StiefelError: an image can't be read, or labels are fractions.
+        StiefelError: an image can't be read or isn't finite, or labels are fractions.
     """
     order = torch.arange(len(dataset)) if order is None else order  # type: ignore[arg-type]
     chunks = [chunk for chunk in order.split(batch_size) if len(chunk) == batch_size]
@@ -289,7 +289,10 @@ def batches(
         generator=torch.Generator().manual_seed(seed),
     )
     with reading():
-        yield from ((x, as_indices(torch.as_tensor(y))) for x, y in loader)
+        for x, y in loader:
+            if not x.isfinite().all():
+                raise StiefelError("the data set has images with values that are not finite")
+            yield x, as_indices(torch.as_tensor(y))
 
 
 @contextmanager

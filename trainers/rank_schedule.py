@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from converter.cost import count_parameters
 from converter.errors import StiefelError
-from converter.ranks import Budget, Energy, Policy, parse_rank, policy_rank
+from converter.ranks import Budget, Energy, Fixed, Policy, parse_rank, policy_rank
 from converter.settings import Settings
 from trainers.manifold import direction_energies, tied_layers
 
@@ -198,12 +198,15 @@ def check_schedule(schedule: RankSchedule, epochs: int, model: ModelRanks) -> No
                 f"ranks: final {policy} is above the {share:.3f} of the dense model's parameters "
                 "that the model has already; a schedule only lowers ranks"
             )
-    for name, rank in _wanted(schedule, 1.0, model, model.ranks()).items():
-        if rank > model.layers[name].rank:
-            raise StiefelError(
-                f"ranks: final {schedule.final} asks for rank {rank} in layer {name}, which has "
-                f"rank {model.layers[name].rank}; a schedule only lowers ranks"
-            )
+    wanted, ranks = _wanted(schedule, 1.0, model, model.ranks()), model.ranks()
+    above = [name for name, rank in wanted.items() if rank > ranks[name]]
+    # One rank for all layers is for those that have more, as in conversion.
+    if above and not (isinstance(policy, Fixed) and policy.rank <= max(ranks.values())):
+        highest = max(above, key=ranks.__getitem__)
+        raise StiefelError(
+            f"ranks: final {schedule.final} asks for rank {wanted[highest]} in layer {highest}, "
+            f"which has rank {ranks[highest]}; a schedule only lowers ranks"
+        )
 
 
 def lowered(

@@ -272,6 +272,29 @@ def test_a_malformed_shape_is_named(text):
         parse_shape(text)
 
 
+@pytest.mark.parametrize("written", ["1x8x8", ("1x8x8",), ("1", "8", "8"), [1, 8, 8]])
+def test_an_input_s_shape_may_be_written_as_shapes_are_elsewhere(written):
+    assert InputChange(shape=written).shape == (1, 8, 8)
+    with pytest.raises(ValueError, match="'1x8' is no image shape; write CxHxW"):
+        InputChange(shape=("1x8",))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
+def test_torchscript_is_refused_by_its_place(tmp_path):
+    path = tmp_path / "nets.py"
+    path.write_text(
+        "import torch\n"
+        "from torch import nn\n"
+        "def whole():\n"
+        "    return torch.jit.script(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)))\n"
+        "def part():\n"
+        "    return nn.Sequential(nn.Flatten(), torch.jit.script(nn.Linear(4, 2)))\n"
+    )
+    for factory, where in (("whole", "it is"), ("part", "its part 1 is")):
+        text = complaint(f"{path}:{factory}", input=InputSpec.plain((1, 2, 2)))
+        assert f"{where} TorchScript; give the module as it was" in text
+
+
 def test_an_input_needs_a_mean_and_deviation_for_each_channel():
     with pytest.raises(ValueError, match="one each"):
         InputSpec(shape=(1, 8, 8))

@@ -1,5 +1,6 @@
 """Files of every usual kind are read, and what is none is told; no code runs."""
 
+import errno
 import json
 import warnings
 
@@ -88,6 +89,22 @@ def test_arbitrary_bytes_never_make_a_traceback(tmp_path_factory, suffix, conten
     path.write_bytes(content)
     with pytest.raises(StiefelError):
         read_state(path)
+
+
+@pytest.mark.parametrize("content", [b"hello\n", bytes(range(256)) * 12])
+def test_what_torch_says_of_a_file_that_is_none_of_its_own_is_left_out(tmp_path, content):
+    path = tmp_path / "c.pt"
+    path.write_bytes(content)
+    assert refusal(path) == f"{path} is truncated or no checkpoint; fetch it again"
+
+
+def test_a_file_that_may_not_be_read_says_so(tmp_path, monkeypatch):
+    def denied(*args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    torch.save(weights(), tmp_path / "c.pt")
+    monkeypatch.setattr(torch, "load", denied)
+    assert refusal(tmp_path / "c.pt") == f"cannot read {tmp_path / 'c.pt'}: Permission denied"
 
 
 def test_what_is_no_checkpoint_says_what_it_is(tmp_path):

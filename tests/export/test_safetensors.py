@@ -10,11 +10,13 @@ import safetensors.torch
 import torch
 import torchvision
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 import export.safetensors as module
 from converter.convert import convert, plan
 from converter.errors import StiefelError
 from converter.models import load
+from converter.specs import InputChange
 from export import parity
 from export.compact import compact
 from export.safetensors import (
@@ -117,6 +119,36 @@ def test_attention_whose_output_projection_is_dense_is_rebuilt(tmp_path, kept):
     export_safetensors(model, path)
     again, x = build(path, model=Reading()), torch.randn(2, 5, 32)
     torch.testing.assert_close(again(x), compact(model)(x))
+
+
+def _parametrised() -> nn.Module:
+    return nn.Sequential(*(weight_norm(nn.Linear(8, 8)) for _ in range(2)), nn.Linear(8, 3))
+
+
+def test_parametrised_layers_that_stay_dense_are_rebuilt_as_plain_ones(tmp_path):
+    torch.manual_seed(0)
+    dense = _parametrised()
+    model = convert(dense, plan(dense, 2, layers={"1": "keep"}))
+    path = tmp_path / "own.safetensors"
+    export_safetensors(model, path)
+    again, x = build(path, model=_parametrised()), torch.randn(2, 8)
+    torch.testing.assert_close(again(x), compact(model)(x))
+
+
+def test_a_model_that_asks_for_its_state_s_version_is_rebuilt(tmp_path):
+    path = tmp_path / "mnasnet.safetensors"
+    dense = load("torchvision:mnasnet0_5", input=InputChange(shape=(3, 32, 32)))
+    model = convert(dense, plan(dense, 0.5))
+    assert export_safetensors(model, path).compared == "outputs"
+    assert build(path)(torch.zeros(1, 3, 32, 32)).shape == (1, 1000)
+
+
+def test_what_the_architecture_cannot_take_names_the_file_that_was_asked_for(tmp_path):
+    model = load("zoo:digits")
+    model.classifier.append(nn.Linear(10, 10))  # not what zoo:digits builds
+    with pytest.raises(StiefelError, match=r"a\.safetensors doesn't fit Convolutional: "):
+        export_safetensors(model, tmp_path / "a.safetensors")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):

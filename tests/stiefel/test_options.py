@@ -52,10 +52,16 @@ def test_none_turns_an_optional_field_off():
     assert '"limit":null' in invoke("--limit", "none").output
 
 
+def test_none_is_a_list_of_none():
+    assert '"sizes":[]' in invoke("--sizes", "none").output
+
+
 @pytest.mark.parametrize(
     ("arguments", "culprit"),
     [
         (("--rate", "-1"), "--rate '-1'"),
+        (("--rate", "inf"), "--rate 'inf'"),
+        (("--rate", "nan"), "--rate 'nan'"),
         (("--inner-depth", "0"), "--inner-depth '0'"),
         (("--sizes", "1,two"), "--sizes"),
         (("--kind", "middling"), "--kind"),

@@ -48,6 +48,8 @@ MISTAKES = [
     ({"convert": {}, "train": {"epochs": 3, "ranks": {"final": 4, "end": 5}}}, "epoch 5 never"),
     ({"convert": {}, "train": {"batch_size": 10, "accumulate": 4}}, "10 can't be split into 4"),
     ({"pretrain": {"batch_size": 2, "accumulate": 4}}, "into 4 equal parts (accumulate × proc"),
+    ({"pretrain": {"batch_size": 1}}, "a batch of 1 image is too small for batch norm"),
+    ({"convert": {}, "train": {"batch_size": 4, "accumulate": 4}}, "too small for batch norm"),
     ({"pretrain": {"ranks": {"final": 4}}}, "no factored layer"),
     ({"bench": {"runtimes": ["torch-cudagraph"], "devices": ["cpu"]}}, "runs on cuda only"),
     ({"convert": {}, "train": {"teach": False, "rule": SSA | {"lookahead": 1}}}, "lookahead"),

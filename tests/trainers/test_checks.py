@@ -61,6 +61,13 @@ def test_weights_of_a_dtype_that_is_not_trained_are_refused_by_it(dtype):
     refused(f"weights are {str(dtype)[6:]}, the images float32: training takes both in", network)
 
 
+def test_images_of_another_dtype_are_to_be_changed_and_not_the_weights():
+    images = [(torch.randn(1, 8, 8, dtype=torch.float64), label) for label in range(10)]
+    says = r"weights are float32, the images float64: .* \(image.float\(\) in the data set\)"
+    with pytest.raises(StiefelError, match=says):
+        train_local(network(), own(images), settings=settings(batch_size=2))
+
+
 class Secretive(Dataset):
     """Doesn't tell its labels but with the images."""
 

@@ -15,23 +15,38 @@ from trainers.rules import BP, SSA, StepResult
 from trainers.trainer import train_local
 
 
-class _Blank(Dataset):
-    """Images without a number in them."""
+class _Flat(Dataset):
+    """Images of one value."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
 
     def __len__(self):
         return 40
 
     def __getitem__(self, index):
-        return torch.full((1, 8, 8), float("nan")), index % 10
+        return torch.full((1, 8, 8), self.value), index % 10
 
 
-def test_a_test_loss_that_is_no_number_stops_the_run(data, tmp_path):
-    blank = replace(data, test=_Blank())
-    says = "the test loss became nan, though the weights are finite: .*; the epoch's training is"
-    with pytest.raises(StiefelError, match=says):
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        (float("nan"), "the data set has images with values that are not finite"),
+        (3e38, "the test loss became nan, though the weights are finite: .*"),
+    ],
+)
+def test_a_test_loss_that_is_no_number_stops_the_run(value, says, data, tmp_path):
+    blank = replace(data, test=_Flat(value))
+    with pytest.raises(StiefelError, match=f"{says}; the epoch's training is kept"):
         train_local(network(), blank, settings=settings(), out=tmp_path)
     history = train_local(network(), data, settings=settings(), out=tmp_path, resume=True)
     assert [record["epoch"] for record in history.records] == [1, 2]
+
+
+def test_training_images_that_are_no_numbers_are_told_of_as_such(data):
+    blank = replace(data, train=_Flat(float("nan")))
+    with pytest.raises(StiefelError, match="images with values that are not finite"):
+        train_local(network(), blank, settings=settings())
 
 
 @pytest.mark.parametrize(

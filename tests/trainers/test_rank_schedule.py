@@ -198,6 +198,21 @@ def test_a_rank_above_the_full_rank_of_a_small_layer_is_no_error():
     check_schedule(RankSchedule(final=12), 10, ModelRanks({"l": layer}, 0))
 
 
+def test_one_rank_for_all_leaves_layers_below_it_as_they_are():
+    ranks = {"wide": 8, "narrow": 3}
+    layers = {
+        name: LayerRank(torch.ones(rank).double(), full_rank=32, cost=50, dense=1000)
+        for name, rank in ranks.items()
+    }
+    schedule, model = RankSchedule(final=5, floor=1, end=10), ModelRanks(layers, 0)
+    check_schedule(schedule, 10, model)
+    assert lowered(schedule, 10, 10, model, ranks) == {"wide": 5, "narrow": 3}
+    with pytest.raises(StiefelError, match="rank 9 in layer wide, which has rank 8"):
+        check_schedule(RankSchedule(final=9), 10, model)
+    with pytest.raises(StiefelError, match="rank 4 in layer narrow, which has rank 3"):
+        check_schedule(RankSchedule(final="0.125"), 10, model)
+
+
 def test_a_schedule_without_factored_layers_or_after_the_end_is_an_error():
     with pytest.raises(StiefelError, match="no factored layer"):
         check_schedule(RankSchedule(final=4), 10, ModelRanks({}, 10))
