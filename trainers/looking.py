@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from trainers.randomness import host_state, restore_host_state
@@ -36,11 +36,17 @@ def dropping(network: nn.Module) -> Iterator[None]:
 def undisturbed(*networks: nn.Module, but: Collection[nn.Module] = ()) -> Iterator[None]:
     """Afterwards their buffers and numbers are as they were, and random numbers still to come.
 
+    So are tensors that modules hold as plain attributes.
+
     Args:
         but: modules that leave their own buffers alone, which then need no copies.
     """
     modules = [m for network in networks for m in network.modules() if m not in but]
-    buffers = [(m, name, b) for m in modules for name, b in m.named_buffers(recurse=False)]
+    buffers = [
+        (module, name, tensor)
+        for module in modules
+        for name, tensor in (*module.named_buffers(recurse=False), *plain_tensors(module).items())
+    ]
     before = [buffer.clone() for _, _, buffer in buffers]
     devices = {p.device for n in networks for p in n.parameters() if p.device.type == "cuda"}
     numbers = numbers_of(*networks)
@@ -56,6 +62,15 @@ def undisturbed(*networks: nn.Module, but: Collection[nn.Module] = ()) -> Iterat
                 for (module, name, buffer), value in zip(buffers, before, strict=True):
                     buffer.copy_(value)
                     setattr(module, name, buffer)  # a forward may have put another in its place
+
+
+def plain_tensors(module: nn.Module) -> Mapping[str, Tensor]:
+    """A module's own attributes that are tensors, neither parameters nor buffers nor of them."""
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, Tensor) and not value.requires_grad
+    }
 
 
 def numbers_of(*networks: nn.Module) -> dict[nn.Module, Mapping[str, float]]:

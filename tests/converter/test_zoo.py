@@ -38,6 +38,11 @@ def test_residual_networks_have_the_parameters_of_he_et_al_table_6(depth, millio
     assert count / 1e6 == pytest.approx(millions, abs=0.05)
 
 
+def test_a_densenet_has_the_parameters_of_huang_et_al_table_2():
+    count = sum(p.numel() for p in ZOO["densenet"](growth=12, layers=16).parameters())
+    assert count / 1e6 == pytest.approx(0.8, abs=0.05)
+
+
 def test_option_a_shortcut_keeps_pixels_and_adds_zero_channels_on_both_sides():
     shortcut = ZOO["resnet20"]().layer2[0].shortcut
     x = torch.randn(1, 16, 8, 8)

@@ -100,6 +100,34 @@ class Counting(nn.Module):
         return self.layer(h) * (self.batches if self.goes_by_it else 1)
 
 
+class RunningMean(nn.Module):
+    """Goes by a running mean that is no buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(8, 8, 1)
+        self.mean = torch.zeros(())
+
+    def forward(self, h: Tensor) -> Tensor:
+        if self.training:
+            self.mean = 0.5 * self.mean + 0.5 * h.detach().mean()
+        return self.layer(h) - self.mean
+
+
+class Stashing(nn.Module):
+    """Leaves its last output for whoever looks, and does not look itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(8, 8, 1)
+        self.last = torch.zeros(())
+
+    def forward(self, h: Tensor) -> Tensor:
+        h = self.layer(h)
+        self.last = h.detach()
+        return h
+
+
 def own_precision() -> torch.autocast:
     return torch.autocast("cpu", enabled=False)
 
@@ -116,6 +144,7 @@ def own_precision() -> torch.autocast:
         Gated(torch.no_grad),
         Gated(own_precision),
         Counting(goes_by_it=True),
+        RunningMean(),
     ],
     ids=[
         "branching",
@@ -127,6 +156,7 @@ def own_precision() -> torch.autocast:
         "without gradients",
         "precision",
         "a count",
+        "a tensor that is no buffer",
     ],
 )
 def test_a_submodule_that_a_graph_cannot_tell_is_taken_whole(inner, images):
@@ -146,7 +176,7 @@ def test_a_network_that_is_looked_at_stays_as_it_was(settings, images):
     assert random.getstate() == numbers[1]
 
 
-@pytest.mark.parametrize("inner", [Centred(), Scaled(), Counting(goes_by_it=True)])
+@pytest.mark.parametrize("inner", [Centred(), Scaled(), Counting(goes_by_it=True), RunningMean()])
 def test_what_a_forward_changes_goes_on_in_blocks_as_in_the_network(inner, images):
     network = around(inner).train()
     whole = copy.deepcopy(network)
@@ -180,11 +210,12 @@ def test_a_part_in_a_precision_of_its_own_keeps_it_in_blocks(images):
     assert kept[0] == kept[1]
 
 
-def test_a_count_that_nothing_goes_by_is_no_matter(images):
-    network = around(Counting(goes_by_it=False)).train()
+@pytest.mark.parametrize("inner", [Counting(goes_by_it=False), Stashing()])
+def test_what_nothing_goes_by_is_no_matter(inner, images):
+    network = around(inner).train()
     cuts = cut(network, images, LAYERS)
     assert cuts.traced.opaque == frozenset()
-    assert network[2].batches == 0
+    assert all(vars(network[2])[name] == 0 for name in ("batches", "last") if hasattr(inner, name))
 
 
 class Remembering(nn.Sequential):

@@ -5,14 +5,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from converter.attention import FactoredAttention
 from converter.errors import StiefelError, first_line
 from converter.factors import Factored, FactoredWeight
-from trainers.looking import numbers_of
+from trainers.looking import numbers_of, plain_tensors
 from trainers.randomness import host_state
 
 ATTENTION = (nn.MultiheadAttention, FactoredAttention)
@@ -61,17 +63,56 @@ def refusal(network: nn.Module, error: UntraceableError) -> StiefelError:
 
 def _graph(network: nn.Module, opaque: frozenset[str]) -> tuple[fx.Graph, list[str]]:
     """The graph, and the names of the modules that changed a number meanwhile."""
-    tracer = _Tracer(opaque)
-    before = numbers_of(network)
+    tracer, uses = _Tracer(opaque), _Uses()
+    before, held = numbers_of(network), _held_by(network)
     try:
         # In gradient mode, so that parts without gradients can be told.
-        with torch.enable_grad(), _no_precision_of_its_own():
+        with torch.enable_grad(), _no_precision_of_its_own(), uses:
             graph = tracer.trace(network)
     except Exception as error:
         raise UntraceableError(first_line(error), tracer.culprit) from error
+    for name in _rewritten(network, held):
+        if id(held[name]) in uses.seen:
+            owner = name.rpartition(".")[0]
+            raise UntraceableError("its forward goes by a tensor that it changes", owner)
     after = numbers_of(network)
     names = {module: name for name, module in network.named_modules()}
     return graph, [names[module] for module in before if before[module] != after[module]]
+
+
+class _Uses(TorchFunctionMode):
+    """The ids of all tensors that take part in what is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[int] = set()
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        leaves = tree_leaves((args, kwargs))
+        self.seen.update(id(leaf) for leaf in leaves if isinstance(leaf, Tensor))
+        return function(*args, **kwargs)
+
+
+def _held_by(network: nn.Module) -> dict[str, Tensor]:
+    """Every plain tensor attribute, by its dotted name."""
+    return {
+        f"{prefix}.{name}".removeprefix("."): value
+        for prefix, module in network.named_modules()
+        for name, value in plain_tensors(module).items()
+    }
+
+
+def _rewritten(network: nn.Module, held: dict[str, Tensor]) -> list[str]:
+    """Those of them that a forward has put another value in the place of."""
+    now = ((name, name.rpartition(".")) for name in held)
+    return [
+        name
+        for name, (owner, _, attribute) in now
+        if vars(network.get_submodule(owner)).get(attribute) is not held[name]
+    ]
 
 
 def _drop_constants(network: nn.Module) -> None:
