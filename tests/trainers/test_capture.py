@@ -205,6 +205,7 @@ def assert_alike(mine: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> 
     ("rule", "changes"),
     [
         (SSA(), {}),
+        (SSA(sample=2), {}),
         (SSA(boundaries="units", alpha=0.1, cosine=0.1), {"optimizer": "sgd", "clip": 1.0}),
         (SSA(error="global", feedback="kolen-pollack"), {"clip": 0.5}),
         (SSA(), {"accumulate": 2}),

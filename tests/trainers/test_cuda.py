@@ -36,6 +36,8 @@ RULES = {
     "dfa": DFA(),
     "layer-wise": SSA(),
     "layer-wise, all terms": SSA(memory=0, alpha=0.1, beta=0.1, cosine=0.1, hoyer=0.1),
+    "layer-wise, of a sample": SSA(memory=0, sample=2),
+    "layer-wise, of a sample, two blocks at once": SSA(memory=0, sample=2, overlap=2),
     "layer-wise, kolen-pollack": SSA(memory=0, feedback="kolen-pollack"),
     "layer-wise, two blocks at once": SSA(overlap=2, memory=0),
     "layer-wise, four at once": SSA(overlap=4, boundaries="units", cosine=0.1),

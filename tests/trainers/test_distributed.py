@@ -35,6 +35,7 @@ RUNS = {
         {"label_smoothing": 0.1, "lr": 0.02},
     ),
     "ssa, global": (SSA(error="global", similarity=1.0), {}),
+    "ssa, of a sample": (SSA(sample=2), {}),
     "ssa, linear read-outs": (SSA(readout_layers=0), {}),
     "taught": (SSA(), {}),
     "taught, accumulated": (SSA(cross_entropy=1.0, similarity=4.0), {"accumulate": 2, "lr": 0.02}),

@@ -12,6 +12,7 @@ LOCAL = {
     "layer-wise": SSA(memory=0, alpha=0.1, beta=0.1, cosine=0.1, hoyer=0.1),
     "layer-wise, by default": SSA(),
     "layer-wise, cut at layers": SSA(boundaries="layers"),
+    "layer-wise, of a sample": SSA(memory=0, sample=2),
     "layer-wise, linear read-outs": SSA(memory=0, readout_layers=0),
     "layer-wise, fixed": SSA(memory=0, feedback="fixed"),
     "layer-wise, kolen-pollack": SSA(memory=0, feedback="kolen-pollack"),

@@ -153,6 +153,7 @@ RULES = {
     "two": SSA(overlap=2, memory=0),
     "two, units": SSA(overlap=2, boundaries="units"),
     "four, units": SSA(overlap=4, boundaries="units"),
+    "of a sample": SSA(overlap=2, boundaries="units", sample=2),
     "layers": SSA(overlap=3, boundaries="layers"),
     "all terms": SSA(overlap=2, boundaries="units", alpha=0.1, beta=0.1, cosine=0.1, hoyer=0.1),
     "fixed": SSA(overlap=2, boundaries="units", feedback="fixed"),

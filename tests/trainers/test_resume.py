@@ -38,6 +38,7 @@ def assert_same(one, other, path="state"):
 
 RUNS = {
     "ssa": (SSA(), {}),
+    "ssa, of a sample": (SSA(sample=4), {}),
     "backprop with momentum, accumulated": (
         BP(),
         {"optimizer": "sgd", "lr": 0.05, "accumulate": 2, "clip": 1.0, "label_smoothing": 0.1},

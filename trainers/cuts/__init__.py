@@ -59,7 +59,9 @@ def cut(network: nn.Module, example: Tensor, settings: CutSettings) -> Cuts:
     traced = trace(network, example)
     ends = choose_ends(traced, settings)
     if settings.boundaries == "balanced":
-        ends = balanced_ends(network, traced, ends, example, settings.memory)
+        ends = balanced_ends(
+            network, traced, ends, example, settings.memory, sample=settings.sample
+        )
     return TracedCuts(traced, make_segments(traced, ends))
 
 
@@ -74,7 +76,8 @@ def check_cuts(settings: CutSettings) -> None:
     asked = {
         n for n, field in CutSettings.model_fields.items() if getattr(settings, n) != field.default
     }
-    for name in ("boundaries", "memory", "layers_per_block") if settings.blocks else ():
+    held = ("boundaries", "memory", "layers_per_block", "sample")
+    for name in held if settings.blocks else ():
         if name in asked:
             raise StiefelError(
                 f"blocks names the blocks, so {name} has nothing to say: leave one out"

@@ -19,7 +19,12 @@ from trainers.looking import dropping, undisturbed
 
 
 def balanced_ends(
-    network: nn.Module, traced: Traced, ends: list[int], example: Tensor, share: float = 0.0
+    network: nn.Module,
+    traced: Traced,
+    ends: list[int],
+    example: Tensor,
+    share: float = 0.0,
+    sample: int = 1,
 ) -> list[int]:
     """The fewest blocks that the bound on memory allows, and of their cuts those of least peak.
 
@@ -35,10 +40,15 @@ def balanced_ends(
         example: (N, C, H, W); one image of it is used.
         share: of what the whole network needs as one block, which a block may need where the
             largest unit needs less.
+        sample: every block but the last learns from one image in so many.
     """
     segments = make_segments(traced, ends)
-    need = cache(Need(network, TracedCuts(traced, segments), example))
+    each = cache(Need(network, TracedCuts(traced, segments), example))
     last = len(segments) - 1
+
+    def need(first: int, end: int) -> float:
+        return each(first, end) / (1 if end == last else sample)
+
     most = max(share * need(0, last), *(need(unit, unit) for unit in range(last + 1)))
 
     def held(block: tuple[int, int]) -> float:

@@ -40,6 +40,12 @@ class CutSettings(Settings):
         ge=1,
         description="layers, factored or dense, to a block (at least; balanced may join more)",
     )
+    sample: int = Field(
+        1,
+        ge=1,
+        description="blocks before the last learn from one image of a batch in so many; the others "
+        "only run through them, which takes less memory and time; with a layerwise error",
+    )
     blocks: tuple[str, ...] = Field(
         (), description="submodules that are the blocks, as globs; for models that cannot be traced"
     )

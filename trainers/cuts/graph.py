@@ -79,6 +79,21 @@ def _trace(network: nn.Module, example: Tensor, opaque: frozenset[str], training
     return Traced(module.graph, module, opaque, recorder.seen, recorder.writes)
 
 
+def values_of(traced: Traced, example: Tensor, images: int) -> dict[str, Any]:
+    """What each node yields on so many copies of the example's first image, by the node's name."""
+    found: dict[str, Any] = {}
+
+    class Keeping(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            found[n.name] = value = super().run_node(n)
+            return value
+
+    batch = example[:1].repeat(images, *[1] * (example.ndim - 1))
+    with undisturbed(traced.module), in_mode(traced.module, False), torch.no_grad():
+        Keeping(traced.module).run(batch)
+    return found
+
+
 def _check_kept(writes: Mapping[fx.Node, set[fx.Node]]) -> None:
     """Refuse a graph that writes into what the network holds: each block reads that for itself.
 

@@ -1,12 +1,15 @@
 """Running a traced network block by block, each block a graph of its own."""
 
+from copy import copy
 from typing import Any
 
 from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
 
 from converter.errors import StiefelError
 from trainers.cuts.blocks import Block, Visit, make_root
 from trainers.cuts.graph import (
+    IMAGES,
     Traced,
     body,
     can_be_root,
@@ -14,9 +17,10 @@ from trainers.cuts.graph import (
     live_nodes,
     modules_run,
     trained_nodes,
+    values_of,
 )
 from trainers.cuts.places import Segment
-from trainers.cuts.walk import Part, Walk
+from trainers.cuts.walk import Few, Part, Walk
 
 
 class TracedCuts:
@@ -35,6 +39,7 @@ class TracedCuts:
         roots: list[tuple[str, ...]] | None = None,
     ) -> None:
         self.traced = traced
+        self._few: Few | None = None
         self._segments = segments
         self._parts = _split(traced, segments, roots)
         self.blocks = tuple(
@@ -81,7 +86,48 @@ class TracedCuts:
 
     def walk(self, x: Tensor, detached: bool = True) -> Walk:
         """See `Cuts.walk`; graphs cross the cuts if not `detached`."""
-        return Walk(self._parts, {self._parts[0].given[0]: x}, detached=detached)
+        start = {self._parts[0].given[0]: x}
+        return Walk(self._parts, start, detached=detached, few=self._few)
+
+    def learning_from(self, few: Few) -> "TracedCuts":
+        """The same, whose blocks before the last learn from a few images of a batch alone."""
+        cuts = copy(self)
+        cuts._few = few
+        return cuts
+
+    def counts(self, example: Tensor) -> frozenset[str]:
+        """Names of what crosses cuts and is no tensor, but a count of the batch's images.
+
+        Args:
+            example: (N, C, H, W); one image of it is used.
+
+        Raises:
+            StiefelError: names what crosses a cut otherwise than image by image.
+        """
+        crossing = {name for part in self._parts[:-1] for name in part.passed}
+        found = [values_of(self.traced, example, images) for images in (IMAGES, IMAGES + 2)]
+        counts = set()
+        for name in sorted(crossing):
+            few, more = (values[name] for values in found)
+            if isinstance(few, int) and (few, more) == (IMAGES, IMAGES + 2):
+                counts.add(name)
+            elif not _alike(few, more):
+                shape = (
+                    f" {tuple(few.shape)} for {IMAGES} images" if isinstance(few, Tensor) else ""
+                )
+                raise StiefelError(
+                    f"sample: '{name}' crosses a cut{shape}, without the batch in front; leave "
+                    "sample out"
+                )
+        return frozenset(counts)
+
+
+def _alike(few: Any, more: Any) -> bool:
+    """Whether values of `IMAGES` images, and of two more, differ in the rows of a tensor alone."""
+    if isinstance(few, Tensor):
+        rows = (IMAGES, *few.shape[1:]), (IMAGES + 2, *few.shape[1:])
+        return few.ndim > 0 and (few.shape, more.shape) == rows
+    return not any(isinstance(leaf, Tensor) for leaf in tree_leaves(few)) and few == more
 
 
 def not_its_original(why: str, which: str = "") -> StiefelError:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch.utils.checkpoint import checkpoint
 
@@ -35,6 +36,47 @@ class Part:
         return self.module(*own)
 
 
+@dataclass(frozen=True)
+class Few:
+    """The first images of a batch, from which blocks before the last learn.
+
+    Attributes:
+        images: how many.
+        counts: names of the plain numbers between blocks that count a batch's images.
+    """
+
+    images: int
+    counts: frozenset[str]
+
+    def run(self, part: Part, given: list[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What a block makes of the few, with its graph, and of all images, without.
+
+        Args:
+            given: emptied, so that nothing of the other images is held any more.
+        """
+        split = [self._split(name, v) for name, v in zip(part.given, given, strict=True)]
+        given.clear()
+        with torch.no_grad():
+            others = part.run(*(rest for _, rest in split))
+        # Copies: the graph would hold on to all images otherwise.
+        own = [v.clone() if isinstance(v, Tensor) else v for v, _ in split]
+        split.clear()
+        few = dict(zip(part.made, part.run(*own), strict=True))
+        with torch.no_grad():
+            pairs = zip(few.items(), others, strict=True)
+            return few, {name: self._joined(name, one, rest) for (name, one), rest in pairs}
+
+    def _split(self, name: str, value: Any) -> tuple[Any, Any]:
+        if isinstance(value, Tensor):
+            return value[: self.images], value[self.images :]
+        return (self.images, value - self.images) if name in self.counts else (value, value)
+
+    def _joined(self, name: str, few: Any, others: Any) -> Any:
+        if isinstance(few, Tensor):
+            return torch.cat([few, others])
+        return few + others if name in self.counts else few
+
+
 class Walk(Iterator[tuple[tuple[Tensor, ...], Tensor | None]]):
     """Runs one block for each `next`: its roots, and the logits at the last (None before).
 
@@ -45,6 +87,8 @@ class Walk(Iterator[tuple[tuple[Tensor, ...], Tensor | None]]):
         detached: whether what passes a cut is detached.
         recomputed: whether blocks run again for their backward, which then holds what enters them
             alone; they must draw nothing at random and keep no statistics.
+        few: what blocks before the last learn from: their roots are of these images alone, and of
+            the others only what crosses a cut is made.
     """
 
     def __init__(
@@ -54,9 +98,11 @@ class Walk(Iterator[tuple[tuple[Tensor, ...], Tensor | None]]):
         start: int = 0,
         detached: bool = True,
         recomputed: bool = False,
+        few: Few | None = None,
     ) -> None:
         self._parts, self._environment = parts, dict(environment)
         self._next, self._detached, self._recomputed = start, detached, recomputed
+        self._few = few
         self._made: dict[str, Any] | None = None  # by the last block, before it passes the cut
 
     def __next__(self) -> tuple[tuple[Tensor, ...], Tensor | None]:
@@ -70,6 +116,10 @@ class Walk(Iterator[tuple[tuple[Tensor, ...], Tensor | None]]):
         given = [self._environment[name] for name in part.given]
         for name in part.done:
             del self._environment[name]
+        if self._few is not None and not part.last:
+            made, self._made = self._few.run(part, given)
+            self._next += 1
+            return tuple(made[root.name] for root in part.roots), None
         if self._recomputed and any(isinstance(v, Tensor) and v.requires_grad for v in given):
             # Reentrant, since hooks on saved tensors, and so the account of memory, see it.
             values = checkpoint(part.run, *given, use_reentrant=True, preserve_rng_state=False)

@@ -1,8 +1,8 @@
 """The settings of the local rules: each field is a recipe key and a command-line option."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from converter.errors import StiefelError
 from trainers.cuts.blocks import CutSettings
@@ -115,6 +115,11 @@ class SSA(FeedbackSettings):
                 "overlap needs blocks that wait for nothing but their input: error: layerwise, and "
                 "no teacher"
             )
+        if settings.sample > 1 and (self.error == "global" or with_teacher):
+            raise StiefelError(
+                "sample needs blocks that learn from their own read-outs: error: layerwise, and no "
+                "teacher"
+            )
         if settings.readout_layers and self.error == "global":
             raise StiefelError(
                 "readout_layers are of a block's own read-out: they need error: layerwise"
@@ -128,3 +133,9 @@ class DFA(FeedbackSettings):
     """Direct feedback alignment (Nøkland 2016): the output error through dense random matrices."""
 
     name: Literal["dfa"] = Field("dfa", description="rule: direct feedback alignment")
+
+    @model_validator(mode="after")
+    def _of_all_images(self) -> Self:
+        if self.sample > 1:
+            raise ValueError("sample needs a layerwise error, which is for rule ssa")
+        return self

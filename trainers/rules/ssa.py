@@ -6,6 +6,7 @@ of U with the feedback's subspace, orthogonality, the cosine term and Hoyer spar
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from converter.factors import Factored
 from trainers import losses
 from trainers.cuts import Cuts, cut
+from trainers.cuts.walk import Few
 from trainers.distributed import World
 from trainers.feedback import kernel_directions
 from trainers.readout import Features
@@ -21,7 +23,8 @@ from trainers.rules.draw import draw_feedback
 from trainers.rules.interface import StepResult
 from trainers.rules.local import Batch, LocalState
 from trainers.rules.overlap import has_streams, independent, overlapped_pass
-from trainers.rules.passes import GLOBAL_PASSES, immediate_pass
+from trainers.rules.passes import GLOBAL_PASSES, BlockLoss, immediate_pass
+from trainers.rules.sampling import few, in_front, put_back
 from trainers.rules.settings import SSA
 from trainers.rules.teacher import Lesson, Teacher
 
@@ -48,6 +51,8 @@ class SVDSpaceAlignment:
         if settings.distillation:
             taught = Teacher(teacher, network, cuts, example, num_classes, settings)
         state = SSAState(settings, cuts, *drawn, num_classes, taught)
+        if settings.sample > 1:
+            state.counts = cuts.counts(example)
         return state.to(example)  # its dtype too
 
     def step(
@@ -61,15 +66,25 @@ class SVDSpaceAlignment:
         label_smoothing: float = 0.0,
     ) -> StepResult:
         """See `Rule.step`."""
+        settings, cuts = state.settings, state.cuts
+        count = few(len(x), settings.sample)
+        if sampled := count < len(x):
+            x, y = (in_front(rows, settings.sample) for rows in (x, y))
+            cuts = cuts.learning_from(Few(count, state.counts))
         batch = Batch(y, scale, label_smoothing)
-        settings, block_loss = state.settings, _Composite(state, x, batch)
+        block_loss: BlockLoss = _Composite(state, x, batch)
+        if sampled:
+            block_loss = _Sampled(block_loss, _Composite(state, x, replace(batch, y=y[:count])))
         if settings.error == "global":
             run = GLOBAL_PASSES[settings.storage]
         elif state.overlaps and has_streams(x.device, World.here().size):
             run = partial(overlapped_pass, count=settings.overlap)
         else:
             run = immediate_pass
-        return run(network, state.cuts, x, batch, block_loss)
+        result = run(network, cuts, x, batch, block_loss)
+        if sampled:
+            result = replace(result, logits=put_back(result.logits, settings.sample))
+        return result
 
 
 class SSAState(LocalState):
@@ -80,7 +95,10 @@ class SSAState(LocalState):
         teacher: the dense original, cut alike, or None.
         factored: each block's factored layers.
         overlaps: whether several blocks may be at work at once.
+        counts: what crosses cuts and counts a batch's images, where blocks learn from a sample.
     """
+
+    counts: frozenset[str] = frozenset()
 
     def __init__(
         self,
@@ -115,6 +133,19 @@ class SSAState(LocalState):
             channels = view.channels(feedback.subspace.detach(), U.shape[1])
             P = kernel_directions(channels, U.shape[0])
             self.register_buffer(f"directions_{index}", P)
+
+
+class _Sampled:
+    """The last block's loss is of the whole batch, the others' of a few images: a `BlockLoss`."""
+
+    def __init__(self, whole: BlockLoss, few: BlockLoss) -> None:
+        self.whole, self.few = whole, few
+
+    def __call__(
+        self, index: int, roots: tuple[Tensor, ...], logits: Tensor | None, error: Tensor | None
+    ) -> Tensor:
+        loss = self.few if logits is None else self.whole
+        return loss(index, roots, logits, error)
 
 
 class _Composite:
