@@ -102,12 +102,12 @@ class Centred(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second = nn.Linear(3, 12), nn.Linear(12, 12)
-        self.head = nn.Linear(12, 5)
+        self.third, self.head = nn.Linear(12, 12), nn.Linear(12, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         h = torch.relu(self.first(x.mean(dim=(2, 3))))
         centre = h.mean(dim=0)
-        return self.head(torch.relu(self.second(h)) - centre)
+        return self.head(torch.relu(self.third(torch.relu(self.second(h)))) - centre)
 
 
 def refusal(settings: SSA, network: nn.Module, teacher: nn.Module | None = None) -> str:
