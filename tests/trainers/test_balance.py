@@ -1,7 +1,6 @@
 """Balanced blocks: units joined as far as the largest one's memory allows, and no further."""
 
 import gc
-from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
 from math import inf
@@ -65,42 +64,53 @@ def test_balanced_blocks_are_units_joined_as_far_as_the_largest_allows(
         assert before < 0 or need(before, last) > most
 
 
-@pytest.mark.parametrize("sample", [1, 4])
 @pytest.mark.parametrize("share", [0.25, 0.4, CutSettings().memory, 0.7, 1.0])
 @pytest.mark.parametrize("name", ["smallconv", "resnet20", "densenet", "vit"])
 def test_a_share_of_the_memory_makes_the_fewest_blocks_at_their_least_peak(
-    name, share, sample, factored, images
+    name, share, factored, images
 ):
     network = factored(name)
     units, wider = (
         cut(network, images, settings)
-        for settings in (
-            CutSettings(boundaries="units"),
-            CutSettings(memory=share, sample=sample),
-        )
+        for settings in (CutSettings(boundaries="units"), CutSettings(memory=share))
     )
-
-    def held(cuts) -> list[float]:
-        *early, last = saved_by_blocks(network, cuts, images)
-        return [*(own / sample for own in early), last]
-
-    need, last = Need(network, units, images), len(units.blocks) - 1
-    most = max(*held(units), share * need(0, last))
-    needs = held(wider)
+    alone = saved_by_blocks(network, units, images)
+    need = Need(network, units, images)
+    most = max(*alone, share * need(0, len(units.blocks) - 1))
+    needs = saved_by_blocks(network, wider, images)
     assert max(needs) <= most
     peak = max([*(1.05 * own for own in needs[:-1]), needs[-1]])
-
-    def each(first: int, end: int) -> float:
-        return need(first, end) / (1 if end == last else sample)
-
-    assert (len(needs), peak) == fewest_then_least(each, len(units.blocks), most)
+    assert (len(needs), peak) == fewest_then_least(need, len(units.blocks), most)
     if share == 1:
         assert len(wider.blocks) == 1
 
 
-def fewest_then_least(
-    need: Callable[[int, int], float], units: int, most: float
-) -> tuple[float, float]:
+@pytest.mark.parametrize("share", [0, 0.25, CutSettings().memory, 1.0])
+@pytest.mark.parametrize("name", ["smallconv", "resnet20", "densenet", "vit"])
+def test_where_the_others_learn_from_a_sample_the_last_block_is_as_wide_as_it_can_be(
+    name, share, factored, images
+):
+    network = factored(name)
+    units, joined = (
+        cut(network, images, settings)
+        for settings in (
+            CutSettings(boundaries="units"),
+            CutSettings(memory=share, sample=4),
+        )
+    )
+    last = len(units.blocks) - 1
+    need = Need(network, units, images)
+    *early, own = saved_by_blocks(network, units, images)
+    most = max(*(one / 4 for one in early), own, share * need(0, last))
+    *early, own = saved_by_blocks(network, joined, images)
+    assert max([*(one / 4 for one in early), own]) <= most
+    ends = [block.layers[-1] for block in units.blocks]
+    first = ends.index(joined.blocks[-2].layers[-1]) + 1 if early else 0
+    assert own == need(first, last)
+    assert first == 0 or need(first - 1, last) > most
+
+
+def fewest_then_least(need: Need, units: int, most: float) -> tuple[float, float]:
     """The fewest blocks of at most so much, and the least peak of so many, of all cuts.
 
     In the peak every block but the last counts a twentieth more.

@@ -31,7 +31,8 @@ def balanced_ends(
     The fewest blocks within a bound are had by joining units from the output backwards, each block
     as far as it goes; so the last one, which the labels reach, is wide. The peak is then lowered
     for as long as that takes no block more. In it every block but the last counts a twentieth more,
-    as it has a read-out beside.
+    as it has a read-out beside. Where the others learn from a sample, the last one stays as wide as
+    it can be: it alone learns from all images.
 
     Args:
         network: the traced one.
@@ -58,7 +59,7 @@ def balanced_ends(
         return _joined(last, lambda block: need(*block) <= most and held(block) < peak)
 
     blocks = below(inf)
-    while True:
+    while sample == 1:
         peak = max(map(held, blocks))
         lower = below(peak)
         if len(lower) > len(blocks) or max(map(held, lower)) >= peak:
