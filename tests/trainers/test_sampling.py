@@ -96,8 +96,8 @@ def test_what_is_held_shrinks_with_the_images_learned_from(name, factored):
     assert held[0] < 0.7 * whole
 
 
-class Centred(nn.Module):
-    """Sends the batch's mean past a layer."""
+class Winning(nn.Module):
+    """Sends past two layers which image of the batch has most of each feature."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -106,8 +106,9 @@ class Centred(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = torch.relu(self.first(x.mean(dim=(2, 3))))
-        centre = h.mean()
-        return self.head(torch.relu(self.third(torch.relu(self.second(h)))) - centre)
+        winner = h.argmax(dim=0)
+        h = torch.relu(self.third(torch.relu(self.second(h))))
+        return self.head(h) + winner[:5]
 
 
 def refusal(settings: SSA, network: nn.Module, teacher: nn.Module | None = None) -> str:
@@ -118,10 +119,10 @@ def refusal(settings: SSA, network: nn.Module, teacher: nn.Module | None = None)
 
 
 def test_what_cannot_be_shared_out_is_refused(dense, factored):
-    centred = Centred()
-    centred = convert(centred, plan(centred, 2))
-    text = refusal(SSA(sample=2, boundaries="layers"), centred)
-    assert "'mean_1' crosses a cut () for 3 images, without the batch in front" in text
+    winning = Winning()
+    winning = convert(winning, plan(winning, 2))
+    text = refusal(SSA(sample=2, boundaries="layers"), winning)
+    assert "'argmax' crosses a cut (12,) for 3 images, without the batch in front" in text
     network = factored("smallconv")
     assert "error: layerwise, and no teacher" in refusal(SSA(sample=2, error="global"), network)
     taught = refusal(SSA(sample=2), network, dense("smallconv"))
