@@ -101,6 +101,8 @@ TABLE = {
     "SSA, layer-wise, memory 0.5": Method(SSA(memory=0.5)),
     "SSA, layer-wise, memory 0.25": Method(SSA(memory=0.25)),
     "SSA, layer-wise, pool 2": Method(SSA(pool=2)),
+    "SSA, layer-wise, sample 4": Method(SSA(sample=4)),
+    "SSA, layer-wise, sample 4, memory 0.25": Method(SSA(sample=4, memory=0.25)),
     "SSA, layer-wise, linear read-outs": Method(SSA(readout_layers=0)),
     "SSA, layer-wise, two convolutions, memory 0.5": Method(SSA(readout_layers=2, memory=0.5)),
     "SSA, layer-wise, two convolutions, memory 0.25": Method(SSA(readout_layers=2, memory=0.25)),

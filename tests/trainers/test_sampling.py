@@ -76,6 +76,17 @@ def test_the_last_block_learns_from_all_and_logits_come_in_the_order_of_the_imag
         torch.testing.assert_close(sampled[key], whole[key], msg=key)
 
 
+def test_what_runs_through_first_keeps_no_gradient_from_the_few_in_bf16(factored):
+    network = factored("smallconv")
+    x, y = images_and_labels(16)
+    _, exact, _ = stepped(SSA(sample=4, boundaries="units"), network, x, y)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, coarse, _ = stepped(SSA(sample=4, boundaries="units"), network, x, y)
+    for name, gradient in exact.items():
+        flat = gradient.flatten(), coarse[name].flatten()
+        assert torch.cosine_similarity(*flat, dim=0) > 0.95, name
+
+
 def test_a_batch_too_small_to_be_shared_out_is_learned_from_whole(factored):
     x, y = images_and_labels(4)
     network, rest = factored("smallconv").eval(), {"boundaries": "units"}

@@ -49,7 +49,7 @@ class Few:
     counts: frozenset[str]
 
     def run(self, part: Part, given: list[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What a block makes of the few, with its graph, and of all images, without.
+        """What a block makes of the few, with its graph; what it passes on of all images, without.
 
         Args:
             given: emptied, so that nothing of the other images is held any more.
@@ -57,14 +57,13 @@ class Few:
         split = [self._split(name, v) for name, v in zip(part.given, given, strict=True)]
         given.clear()
         with torch.no_grad():
-            others = part.run(*(rest for _, rest in split))
+            others = dict(zip(part.made, part.run(*(rest for _, rest in split)), strict=True))
         # Copies: the graph would hold on to all images otherwise.
         own = [v.clone() if isinstance(v, Tensor) else v for v, _ in split]
         split.clear()
         few = dict(zip(part.made, part.run(*own), strict=True))
         with torch.no_grad():
-            pairs = zip(few.items(), others, strict=True)
-            return few, {name: self._joined(name, one, rest) for (name, one), rest in pairs}
+            return few, {name: self._joined(name, few[name], others[name]) for name in part.passed}
 
     def _split(self, name: str, value: Any) -> tuple[Any, Any]:
         if isinstance(value, Tensor):
