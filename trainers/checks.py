@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils.data import Dataset
 
 from converter.errors import StiefelError
@@ -133,6 +134,20 @@ def check_factored(network: nn.Module, rule: RuleSettings) -> None:
         raise StiefelError(
             "the model has no factored layer to train with rule ssa; convert it first, or use "
             "rule bp or dfa"
+        )
+
+
+def check_plain(network: nn.Module) -> None:
+    """Refuse a module around the network that runs it in its own way.
+
+    Raises:
+        StiefelError: says what to give instead.
+    """
+    inner = "module" if isinstance(network, (DataParallel, DistributedDataParallel)) else None
+    inner = "_orig_mod" if hasattr(network, "_orig_mod") else inner
+    if inner is not None:
+        raise StiefelError(
+            f"the model is wrapped in {type(network).__name__}: give what is inside, model.{inner}"
         )
 
 

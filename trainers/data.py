@@ -42,6 +42,9 @@ __all__ = [
 ]
 
 
+MOST_CLASSES = 10**6  # that labels alone may tell of
+
+
 @dataclass(frozen=True)
 class Data:
     """Training and test images of one kind.
@@ -82,6 +85,7 @@ def load_data(
     for name, limit in (("limit_train", limit_train), ("limit_test", limit_test)):
         if limit is not None and limit < 1:
             raise StiefelError(f"{name} must be at least 1, not {limit}")
+    spec = str(spec)
     kind, _, rest = spec.partition(":")
     if kind not in KINDS:
         if ":" in spec and (".py:" in spec or "." in kind):
@@ -153,27 +157,56 @@ def _from_factory(
                 kind = type(part).__name__
                 raise StiefelError(f"{name} returned a {kind}; data sets need a length and items")
         names = rest[0] if rest else getattr(train, "classes", None)
-        if names is None and not len(train):
+        with reading():
+            empty = not len(train)
+        if names is None and empty:
             raise StiefelError(f"{name} has no training images, and names no classes")
         if names is not None and (isinstance(names, str) or not isinstance(names, Iterable)):
             kind = type(names).__name__
             raise StiefelError(f"{name} returned a {kind} as third item, not the classes' names")
         if names is None:
-            names = [str(label) for label in range(int(_labels(train).max()) + 1)]
+            _check_items(name, train, input)
+            names = _numbered(name, _labels(train))
         made = Data(train, test, tuple(map(str, names)), name)
-    for part in filter(len, (made.train, made.test)):  # type: ignore[arg-type]
-        if not _is_item(part[0]):
-            raise StiefelError(f"{name} must give items (float32 image (C, H, W), int label)")
-        shape = tuple(part[0][0].shape)
-        if input is not None and shape != input.shape:
-            raise StiefelError(
-                f"{name} gives images {_x(shape)}, the model expects {_x(input.shape)}"
-            )
+    for part in (made.train, made.test):
+        _check_items(name, part, input)
     limited = (
         _limited(part, limit, seed)
         for part, limit in ((made.train, limit_train), (made.test, limit_test))
     )
     return Data(*limited, made.classes, made.name)
+
+
+def _check_items(name: str, dataset: Dataset[Item], input: InputSpec | None) -> None:
+    """Refuse a data set by its first item, where it has one.
+
+    Raises:
+        StiefelError: it can't be read, is no image with its label, or of another shape.
+    """
+    with reading():
+        first = dataset[0] if len(dataset) else None  # type: ignore[arg-type]
+    if first is None:
+        return
+    if not _is_item(first):
+        raise StiefelError(f"{name} must give items (float32 image (C, H, W), int label)")
+    shape = tuple(first[0].shape)
+    if input is not None and shape != input.shape:
+        raise StiefelError(f"{name} gives images {_x(shape)}, the model expects {_x(input.shape)}")
+
+
+def _numbered(name: str, labels: Tensor) -> list[str]:
+    """As many classes as the highest label tells.
+
+    Raises:
+        StiefelError: it tells something else.
+    """
+    highest = int(labels.max())
+    if highest >= MOST_CLASSES:
+        raise StiefelError(
+            f"{name}: label {highest} is no number of a class; count them from 0, or return the "
+            "classes' names as a third item"
+        )
+    return [str(label) for label in range(highest + 1)]
 
 
 def _is_item(item: Any) -> bool:

@@ -13,6 +13,7 @@ processes. A plain DataLoader over the set gives the same items.
 """
 
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -281,18 +282,28 @@ def batches(
         return
     if workers is None:
         workers = min(8, os.cpu_count() or 1) if isinstance(dataset, ImageSet) else 0
-    loader = DataLoader(
-        _Reseeded(dataset, seed) if workers and not isinstance(dataset, ImageSet) else dataset,
-        batch_sampler=[chunk.tolist() for chunk in chunks],
-        num_workers=min(workers, len(chunks)),
-        pin_memory=pin_memory,
-        generator=torch.Generator().manual_seed(seed),
-    )
     with reading():
+        loader = DataLoader(
+            _Reseeded(dataset, seed) if workers and not isinstance(dataset, ImageSet) else dataset,
+            batch_sampler=[chunk.tolist() for chunk in chunks],
+            num_workers=min(workers, len(chunks)),
+            pin_memory=pin_memory,
+            generator=torch.Generator().manual_seed(seed),
+            worker_init_fn=_outlive_one_signal,
+        )
         for x, y in loader:
             if not x.isfinite().all():
                 raise StiefelError("the data set has images with values that are not finite")
             yield x, as_indices(torch.as_tensor(y))
+
+
+def _outlive_one_signal(worker: int) -> None:
+    """A SIGTERM for all processes of a group is the training's to heed, at the end of its step.
+
+    The next one ends the worker, so that it can be stopped at all.
+    """
+    default = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, default))
 
 
 @contextmanager
@@ -301,9 +312,11 @@ def reading() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # A worker wraps the message in its traceback, of which it is the last line.
-        kind, line = type(error).__name__, (str(error).strip().splitlines() or [""])[-1]
-        line = line.partition(f"{kind}: ")[2] or line
+        kind, text = type(error).__name__, str(error).strip()
+        line = " ".join(text.split())
+        if text.startswith("Caught "):  # by a worker, which ends its traceback with the message
+            line = text.splitlines()[-1]
+            line = line.partition(f"{kind}: ")[2] or line
         ours = isinstance(error, StiefelError)
         raise StiefelError(line if ours else f"the data set failed: {kind}: {line}") from error
 

@@ -92,6 +92,8 @@ class Training:
         if kept is not None:
             restore(network, self.state, kept, self.folder.state)
         self.world.broadcast_(network, self.state)
+        if kept is not None and self.world.rank < len(kept["buffers"]):
+            network.load_state_dict(kept["buffers"][self.world.rank], strict=False)
         total = settings.epochs * self.shares.steps
         self.update = Update(network, self.state, settings, device, self.world, total)
         if kept is not None:
@@ -162,7 +164,10 @@ class Training:
         """One step on one batch, which comes in parts; it never waits for the device."""
         for x, y in parts:
             self.meter.add(self.learn(x, y), y)
-        self.update((self.epoch - 1) * self.shares.steps + self.step)
+        step = (self.epoch - 1) * self.shares.steps + self.step
+        self.update(step)
+        if self.step == self.shares.steps - 1:
+            self.update.settle(step)
         if isinstance(self.learn, RecordedStep) and self.learn.replays:
             self.update.record()
 
@@ -313,11 +318,18 @@ class Training:
         self._check_weights()
         parts = {name: getattr(self, name).state_dict() for name in _PARTS}
         random = self.world.gather(random_state(self.device))
+        # Each process's own running statistics, until an epoch's end makes one of them.
+        buffers = self.world.gather(self._buffers()) if self.world.size > 1 else []
         if self.folder is None or not self.world.is_main:
             return
         place = {name: getattr(self, name) for name in _PLACE}
-        rest = {"finished": self._finished(), "random": random}
+        rest = {"finished": self._finished(), "random": random, "buffers": buffers}
         self.folder.write(self.network, {**self.origin, **place, **parts, **rest}, best=best)
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """This process's, on the CPU."""
+        own = self.network.state_dict()
+        return {n: own[n].cpu() for n, _ in self.network.named_buffers() if n in own}
 
     def _kept(self) -> dict[str, Any]:
         """The state of the run to resume, of the same settings, data and teacher.

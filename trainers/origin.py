@@ -10,6 +10,7 @@ from torch import nn
 
 from converter.errors import StiefelError
 from trainers.data import Data
+from trainers.image_set import ImageSet, plain
 from trainers.rules import RuleSettings
 from trainers.settings import TrainSettings
 from trainers.sources import KINDS
@@ -35,7 +36,7 @@ def origin(
     return {
         "settings": settings.model_dump(mode="json"),
         "rule_settings": rule.model_dump(mode="json"),
-        "materials": _materials(data, teacher),
+        "materials": _materials(settings, data, teacher),
     }
 
 
@@ -65,7 +66,7 @@ def _check_same(kept: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> 
             )
 
 
-def _materials(data: Data, teacher: nn.Module | None) -> dict[str, Any]:
+def _materials(settings: TrainSettings, data: Data, teacher: nn.Module | None) -> dict[str, Any]:
     """What tells data and teacher from others that would train otherwise, as plain data."""
     return {
         "data": _without_folder(data.name),
@@ -74,7 +75,13 @@ def _materials(data: Data, teacher: nn.Module | None) -> dict[str, Any]:
         "images": len(data.train),
         "test_images": len(data.test),
         "classes": [str(name) for name in data.classes],
+        "by_workers": _by_workers(settings, data),
     }
+
+
+def _by_workers(settings: TrainSettings, data: Data) -> bool:
+    """Whether worker processes draw what a data set of somebody's own draws at random."""
+    return bool(settings.workers) and not isinstance(plain(data.train), ImageSet)
 
 
 def _without_folder(data: str) -> str:
@@ -108,6 +115,7 @@ def _described(materials: Mapping[str, Any]) -> list[str]:
     return [
         f"on {materials['data']}",
         f"{'with' if materials['augmented'] else 'without'} augmentation",
+        f"with {'worker processes' if materials['by_workers'] else 'no workers'} to read images",
         "with a teacher" if materials["teacher"] else "without a teacher",
         f"with the teacher of fingerprint {materials['teacher']}",
         f"with {materials['images']} training images",

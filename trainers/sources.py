@@ -95,7 +95,7 @@ def _image_folder(rest: str, input: InputSpec | None) -> Sources:
         if test is None:
             raise StiefelError(f"{root} has train/ but no test/ or val/ beside it")
         train_files, classes = _scan(root / "train")
-        test_files, test_classes = _scan(test)
+        test_files, test_classes = _scan(test, least=1)
         if strange := sorted(set(test_classes) - set(classes)):
             raise StiefelError(f"{test} has a class '{strange[0]}' that {root / 'train'} hasn't")
         known = {name: number for number, name in enumerate(classes)}
@@ -165,8 +165,8 @@ KINDS: dict[str, tuple[Callable[[str, InputSpec | None], Sources], str]] = {
 }
 
 
-def _scan(folder: Path) -> tuple[list[tuple[str, int]], tuple[str, ...]]:
-    """Image files with their labels, and the classes' names: the folder's folders, sorted."""
+def _scan(folder: Path, least: int = 2) -> tuple[list[tuple[str, int]], tuple[str, ...]]:
+    """Image files with their labels, and the `least` classes' names or more: its folders."""
     layout = "expected CLASS/IMAGE.jpg (or .png, ...) in it"
     try:
         found = datasets.ImageFolder(str(folder), allow_empty=True)
@@ -174,7 +174,7 @@ def _scan(folder: Path) -> tuple[list[tuple[str, int]], tuple[str, ...]]:
         raise StiefelError(f"{folder} holds no class folders; {layout}") from error
     if not found.samples:
         raise StiefelError(f"{folder} holds no images; {layout}")
-    if len(found.classes) == 1:
+    if len(found.classes) < least:
         raise StiefelError(f"{folder} holds one class only, '{found.classes[0]}'; two are needed")
     if empty := sorted(set(range(len(found.classes))) - {label for _, label in found.samples}):
         raise StiefelError(f"{folder / found.classes[empty[0]]} holds no images; {layout}")

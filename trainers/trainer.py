@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from trainers.checks import check_plain
 from trainers.data import Data
 from trainers.device import resolve_device
 from trainers.distributed import join_world, synchronised_batch_norm
@@ -55,12 +56,15 @@ def train_local(
             a file can't be read or written.
     """
     rule, settings = rule or SSA(), settings or TrainSettings()
+    check_plain(model)
     device = resolve_device(settings.device)
     networks = [network for network in (model, teacher) if network is not None]
     homes = [next(iter(network.parameters()), torch.empty(0)).device for network in networks]
     modes = [(module, module.training) for module in model.modules()]
     try:
         with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
             if device.type == "cuda":
                 stack.enter_context(torch.cuda.device(device))
             world = stack.enter_context(join_world(device))

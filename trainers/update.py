@@ -67,6 +67,11 @@ class Update:
         if settings.retract_every and (step + 1) % settings.retract_every == 0:
             self._retract()
 
+    def settle(self, step: int) -> None:
+        """After an epoch's last step: bring U and V back, unless that step has just done so."""
+        if self._settings.retract_every and (step + 1) % self._settings.retract_every:
+            self._retract()
+
     def record(self) -> None:
         """From now on replay the update as CUDA graphs, until a truncation.
 

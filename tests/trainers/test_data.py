@@ -109,6 +109,18 @@ def test_test_classes_are_numbered_as_in_training(folder):
     assert data.test.labels.tolist() == [0, 2, 2]
 
 
+def test_a_test_part_may_be_of_one_class(folder):
+    for file in (folder / "test" / "cat").iterdir():
+        file.unlink()
+    (folder / "test" / "cat").rmdir()
+    data = load_data(f"imagefolder:{folder}")
+    assert set(data.test.labels.tolist()) == {1}
+
+
+def test_a_path_names_no_source(tmp_path):
+    refused(tmp_path, "unknown data '")
+
+
 def test_images_are_fitted_to_what_the_model_expects(folder):
     spec = InputSpec.natural((3, 8, 8))
     x, _ = load_data(f"imagefolder:{folder}", input=spec).train.batch([0, 1])
@@ -278,6 +290,33 @@ def streams():
 
 def fails():
     raise OSError("the disk is on fire")
+
+class Torn(torch.utils.data.Dataset):
+    def __init__(self, length=4):
+        self.length = length
+    def __len__(self):
+        if self.length is None:
+            raise NotImplementedError("no length")
+        return self.length
+    def __getitem__(self, index):
+        raise OSError("the page is torn\\nfrom end to end")
+
+def torn():
+    return Torn(), Torn(), ["a", "b"]
+
+def endless():
+    return Torn(None), Torn(None), ["a", "b"]
+
+def huge():
+    x = torch.zeros(4, 3, 4, 4)
+    return TensorDataset(x, torch.arange(4) * 2**40), TensorDataset(x, torch.arange(4))
+
+def soft():
+    x = torch.zeros(4, 3, 4, 4)
+    return TensorDataset(x, torch.rand(4, 3)), TensorDataset(x, torch.rand(4, 3))
+
+def mapped():
+    return [{"x": 1, "y": 2}] * 4, [{"x": 1, "y": 2}] * 4
 """
 
 
@@ -307,6 +346,11 @@ def test_a_factory_gives_data_sets_of_one_s_own(factory):
         ("flat", "must give items"),
         ("halves", "int label"),
         ("fails", "the disk is on fire"),
+        ("torn", "the data set failed: OSError: the page is torn from end to end"),
+        ("endless", "the data set failed: NotImplementedError: no length"),
+        ("huge", "is no number of a class; count them from 0, or return the classes' names"),
+        ("soft", "must give items"),
+        ("mapped", "must give items"),
         ("gone", "gone"),
     ],
 )

@@ -48,6 +48,7 @@ OWN = {
     "own statistics": (SSA(), {"batch_norm": "train"}),
     "dropout": (SSA(), {"ranks": FALLING, "retract_every": 2}),
     "interrupted": (SSA(), {"ranks": FALLING, "retract_every": 2, "log_every": 50}),
+    "interrupted, own statistics": (SSA(), {"batch_norm": "train", "log_every": 50}),
 }
 
 
@@ -97,8 +98,8 @@ def one_of_two(rank: int, folder: Path) -> None:
 
     for name in (*RUNS, *OWN):
         out = folder / str(rank) / name
-        if name == "interrupted":
-            out = folder / "both"
+        if name.startswith("interrupted"):
+            out = folder / f"both {name}"
             loop._STOP_SECONDS = 0.0  # or a step takes too little time for a look in between
             _, history = train(name, out, progress=interrupt)
             assert history.interrupted
@@ -166,8 +167,13 @@ def test_both_processes_hold_the_same_weights_and_figures(name, two):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_resumed_run_of_two_equals_an_uninterrupted_one(rank, two):
-    whole, resumed = (left(two, name, rank) for name in ("dropout", "interrupted"))
+@pytest.mark.parametrize(
+    "names",
+    [("dropout", "interrupted"), ("own statistics", "interrupted, own statistics")],
+    ids=["dropout", "own statistics"],
+)
+def test_a_resumed_run_of_two_equals_an_uninterrupted_one(names, rank, two):
+    whole, resumed = (left(two, name, rank) for name in names)
     assert all(torch.equal(whole["state"][key], resumed["state"][key]) for key in whole["state"])
     for mine, theirs in zip(*(x["history"]["records"] for x in (whole, resumed)), strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-12)
@@ -177,7 +183,7 @@ def test_a_resumed_run_of_two_equals_an_uninterrupted_one(rank, two):
 @pytest.mark.slow
 def test_the_first_process_alone_writes(two):
     assert sorted(path.name for path in (two / "0").iterdir()) == sorted(
-        {*RUNS, *OWN} - {"interrupted"}
+        name for name in {*RUNS, *OWN} if not name.startswith("interrupted")
     )
     assert not (two / "1").exists()
     log = (two / "0" / "bp" / "log.jsonl").read_text().splitlines()

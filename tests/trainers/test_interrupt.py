@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -58,3 +60,37 @@ def test_what_is_ignored_stays_ignored():
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+GROUP = """
+import os, signal, sys
+from tests.trainers.networks import digits_network
+from tests.trainers.short import Images, own, settings
+from trainers.rules import BP
+from trainers.trainer import train_local
+
+def stop(now):
+    if now.get("step") == 2:
+        os.killpg(0, signal.SIGTERM)
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a background process may ignore it
+    data, chosen = own(Images([0, 1] * 32)), settings(batch_size=8, workers=2, log_every=1)
+    rest = {"rule": BP(), "settings": chosen, "out": sys.argv[1], "progress": stop}
+    print(train_local(digits_network(), data, **rest).interrupted)
+"""
+
+
+def test_a_wish_sent_to_the_whole_group_spares_the_workers_that_read_images(tmp_path):
+    script = tmp_path / "group.py"
+    script.write_text(GROUP)
+    done = subprocess.run(
+        [sys.executable, script, tmp_path / "run"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        start_new_session=True,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout == "True\n", done.stderr
+    assert (tmp_path / "run" / "state.pt").exists()

@@ -7,6 +7,7 @@ from torch.utils.data import Subset
 
 from converter.errors import StiefelError
 from tests.trainers.interrupting import InterruptAt, network, settings
+from tests.trainers.short import Images
 from trainers.data import Data, load_data
 from trainers.rules import BP, SSA
 from trainers.trainer import train_local
@@ -65,6 +66,19 @@ def test_resuming_with_other_data_or_without_that_teacher_is_one_clear_error(
     assert "\n" not in str(refused.value)
     assert (tmp_path / "state.pt").read_bytes() == before
     assert not go_on(resume=True).interrupted
+
+
+def test_what_worker_processes_draw_is_drawn_by_them_to_the_end(data, tmp_path):
+    rest = {"rule": BP(), "out": tmp_path}
+    drawing = replace(data, train=Images([0, 1] * 24))
+    begun = settings(batch_size=16, workers=0)
+    train_local(network(), drawing, settings=begun, progress=InterruptAt(1, 2), **rest)
+    with pytest.raises(StiefelError, match="begun with no workers to read images, not with worker"):
+        train_local(
+            network(), drawing, settings=settings(batch_size=16, workers=1), resume=True, **rest
+        )
+    unset = settings(batch_size=16, workers=None)  # which is none, for data of somebody's own
+    assert not train_local(network(), drawing, settings=unset, resume=True, **rest).interrupted
 
 
 def test_a_run_goes_on_with_or_without_augmentation_as_it_began(interrupted):

@@ -8,6 +8,7 @@ from torch import nn
 
 from converter.checkpoints import load_any
 from converter.convert import convert, plan
+from converter.errors import StiefelError
 from converter.factors import factored_layers
 from converter.models import load
 from tests.trainers.networks import digits_network as network
@@ -206,3 +207,43 @@ def test_progress_tells_loss_accuracy_rank_speed_and_time_left(data):
         sum(m.rank for m in factored_layers(network()).values()) / 2
     )
     assert [now["epoch"] for now in seen if now.get("epoch_done")] == [1, 2]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("rule", [SSA(), BP()], ids=lambda rule: rule.name)
+def test_training_trains_whatever_mode_its_caller_is_in(mode, rule, data):
+    plain, model = network(), network()
+    train_local(plain, data, rule=rule, settings=settings())
+    with mode():
+        train_local(model, data, rule=rule, settings=settings())
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_an_epoch_ends_on_the_manifold_whenever_the_steps_between_retractions_end(data):
+    model = network()
+    steps = settings(lr=0.01, schedule="constant", retraction="qr", retract_every=1000)
+    train_local(model, data, settings=steps)
+    for layer in factored_layers(model).values():
+        U, _, V = layer.factors()
+        for factor in (U, V):
+            eye = torch.eye(factor.shape[-1])
+            torch.testing.assert_close(factor.mT @ factor, eye, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "says"),
+    [
+        (nn.DataParallel, "wrapped in DataParallel: give what is inside, model.module"),
+        (torch.compile, "wrapped in OptimizedModule: give what is inside, model._orig_mod"),
+    ],
+)
+def test_a_wrapper_is_refused_by_what_to_give_instead(wrap, says, data):
+    with pytest.raises(StiefelError, match=says):
+        train_local(wrap(network()), data, settings=settings())
+
+
+@pytest.mark.parametrize("rule", ["ssa", SSA])
+def test_what_is_no_rule_is_refused(rule, data):
+    with pytest.raises(StiefelError, match=r"is none: give SSA\(...\), DFA\(...\) or BP\(\)"):
+        train_local(network(), data, rule=rule, settings=settings())

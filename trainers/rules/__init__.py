@@ -1,5 +1,6 @@
 """The learning rules behind one interface: `make_rule(SSA(...) | DFA(...) | BP(...)) -> Rule`."""
 
+from converter.errors import StiefelError
 from trainers.rules.bp import BP, Backpropagation
 from trainers.rules.dfa import DirectFeedback
 from trainers.rules.interface import Rule, StepResult
@@ -14,5 +15,11 @@ _RULES = {SSA: SVDSpaceAlignment, DFA: DirectFeedback, BP: Backpropagation}
 
 
 def make_rule(settings: RuleSettings) -> Rule:
-    """The rule that these settings describe."""
+    """The rule that these settings describe.
+
+    Raises:
+        StiefelError: they are no rule's.
+    """
+    if type(settings) not in _RULES:
+        raise StiefelError(f"rule {settings!r} is none: give SSA(...), DFA(...) or BP()")
     return _RULES[type(settings)](settings)
