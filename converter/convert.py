@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from converter.calibration import Calibration, fit_to, narrow, widen
+from converter.errors import StiefelError
 from converter.layers import closed, find_layers, install, prepared
 from converter.planning import plan
 from converter.rank_plan import RankPlan
@@ -43,8 +44,10 @@ def convert(
         The copy, in the model's training mode, with the plan as its attribute `stiefel_plan`.
 
     Raises:
-        StiefelError: the plan is for another model, or asks for what can't be.
+        StiefelError: the plan is none or for another model, or asks for what can't be.
     """
+    if not isinstance(plan, RankPlan):
+        raise StiefelError(f"convert takes a plan, not {plan!r}: give plan(model, {plan!r})")
     ready = prepared(model)
     was = widen(ready) if calibration is not None else {}
     found = {layer.name: layer for layer in find_layers(ready)}

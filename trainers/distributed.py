@@ -109,7 +109,8 @@ def join_world(device: torch.device) -> Iterator[World]:
     """The processes that torchrun started, or this one alone.
 
     Raises:
-        StiefelError: torchrun's environment is there but the processes can't find each other.
+        StiefelError: torchrun's environment is there but the processes can't find each other, or
+            one of them has ended while this one still needs it.
     """
     if dist.is_initialized():
         yield World.here()
@@ -126,6 +127,10 @@ def join_world(device: torch.device) -> Iterator[World]:
         raise StiefelError(f"the processes can't find each other: {reason}") from error
     try:
         yield World.here()
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "onnection" in str(error):
+            raise StiefelError("another process has ended: it says why") from error
+        raise
     finally:
         dist.destroy_process_group()
 

@@ -214,3 +214,9 @@ def test_spectra_are_the_singular_values_and_of_a_factored_layer_its_own():
     close(torch.tensor(found["0"]), torch.linalg.svdvals(groups).mean(0))
     small = convert(model, plan(model, 2))
     close(torch.tensor(spectra(small)["1"]), torch.tensor(found["1"][:2]), atol=1e-5, rtol=1e-5)
+
+
+def test_a_policy_is_no_plan():
+    model = nn.Linear(8, 8)
+    with pytest.raises(StiefelError, match=r"takes a plan, not '0.5': give plan\(model, '0.5'\)"):
+        convert(model, "0.5")

@@ -29,7 +29,7 @@ FALLING = RankSchedule(final="0.2", start=2, end=2, floor=2)
 RUNS = {
     "bp": (BP(), {"clip": 1.0}),
     "ssa": (SSA(), {"ranks": FALLING, "retract_every": 2}),
-    # At 0.05 this one and the accumulated one multiply rounding by hundreds within two epochs.
+    # At 0.05 this one and the taught ones multiply rounding by hundreds within two epochs.
     "ssa, all terms": (
         SSA(alpha=0.1, beta=0.1, cosine=0.1, hoyer=0.1),
         {"label_smoothing": 0.1, "lr": 0.02},
@@ -37,7 +37,7 @@ RUNS = {
     "ssa, global": (SSA(error="global", similarity=1.0), {}),
     "ssa, of a sample": (SSA(sample=2), {}),
     "ssa, linear read-outs": (SSA(readout_layers=0), {}),
-    "taught": (SSA(), {}),
+    "taught": (SSA(), {"lr": 0.02}),
     "taught, accumulated": (SSA(cross_entropy=1.0, similarity=4.0), {"accumulate": 2, "lr": 0.02}),
     "dfa": (DFA(storage="recomputed"), {"optimizer": "adamw", "lr": 1e-3}),
     "an image each": (BP(), {"batch_size": 2, "epochs": 1, "lr": 1e-3}),
@@ -221,6 +221,36 @@ def test_torchrun_trains_and_one_checkpoint_comes_of_it(tmp_path):
     assert done.stdout.count("Wrote trained.safetensors") == 1
     assert done.stderr.count("epoch   1/1") == 1
     assert (tmp_path / "trained.safetensors").is_file()
+
+    # What is wrong in one process is told by it, and no traceback of the other's hides it.
+    (tmp_path / "torn.py").write_text(TORN)
+    words = ("train-local", "small.safetensors", "--data", "torn.py:made", "-o", "b.safetensors")
+    torn = stiefel(*words, "--batch-size", "8", "--device", "cpu", processes=2)
+    assert torn.returncode != 0
+    assert "stiefel: the data set failed: OSError: page 13 is torn" in torn.stderr
+    assert "stiefel: another process has ended: it says why" in torn.stderr
+    assert 'site-packages/torch/distributed/distributed_c10d.py"' not in torn.stderr
+    assert not (tmp_path / "b.safetensors").exists()
+
+
+TORN = """
+import torch
+
+class Torn(torch.utils.data.Dataset):
+    targets = [0, 1] * 8
+
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, index):
+        if index == 13:
+            raise OSError("page 13 is torn")
+        return torch.randn(1, 8, 8), self.targets[index]
+
+def made():
+    whole = Torn()
+    return whole, torch.utils.data.Subset(whole, range(8)), [str(i) for i in range(10)]
+"""
 
 
 def test_one_process_alone_has_nothing_to_synchronise(tmp_path):

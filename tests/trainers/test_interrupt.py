@@ -63,11 +63,16 @@ def test_what_is_ignored_stays_ignored():
 
 
 GROUP = """
-import os, signal, sys
+import os, signal, sys, time
 from tests.trainers.networks import digits_network
 from tests.trainers.short import Images, own, settings
 from trainers.rules import BP
 from trainers.trainer import train_local
+
+class Slow(Images):
+    def __getitem__(self, index):
+        time.sleep(0.005)  # so that workers are not done before
+        return super().__getitem__(index)
 
 def stop(now):
     if now.get("step") == 2:
@@ -75,7 +80,7 @@ def stop(now):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a background process may ignore it
-    data, chosen = own(Images([0, 1] * 32)), settings(batch_size=8, workers=2, log_every=1)
+    data, chosen = own(Slow([0, 1] * 200)), settings(batch_size=16, workers=2, log_every=1)
     rest = {"rule": BP(), "settings": chosen, "out": sys.argv[1], "progress": stop}
     print(train_local(digits_network(), data, **rest).interrupted)
 """
