@@ -198,7 +198,8 @@ def check_schedule(schedule: RankSchedule, epochs: int, model: ModelRanks) -> No
                 f"ranks: final {policy} is above the {share:.3f} of the dense model's parameters "
                 "that the model has already; a schedule only lowers ranks"
             )
-    wanted, ranks = _wanted(schedule, 1.0, model, model.ranks()), model.ranks()
+    ranks = model.ranks()
+    wanted = _wanted(schedule, 1.0, model, ranks)
     above = [name for name, rank in wanted.items() if rank > ranks[name]]
     # One rank for all layers is for those that have more, as in conversion.
     if above and not (isinstance(policy, Fixed) and policy.rank <= max(ranks.values())):

@@ -70,28 +70,25 @@ def trace(
 def _trace(network: nn.Module, example: Tensor, opaque: frozenset[str], training: bool) -> Traced:
     with undisturbed(network), in_mode(network, training):
         module = symbolic(network, opaque)
-    with undisturbed(network), in_mode(network, False), torch.no_grad():
-        images = example[:1].expand(IMAGES, *example.shape[1:]).contiguous()
-        recorder = _Recorder(module)
-        recorder.run(images)
+    recorder = _recorded(network, module, example, IMAGES)
     _check_kept(recorder.writes)
     _read_what_was_written(module.graph, recorder)
     return Traced(module.graph, module, opaque, recorder.seen, recorder.writes)
 
 
-def values_of(traced: Traced, example: Tensor, images: int) -> dict[str, Any]:
-    """What each node yields on so many copies of the example's first image, by the node's name."""
-    found: dict[str, Any] = {}
+def values_of(traced: Traced, example: Tensor, images: int) -> dict[fx.Node, Any]:
+    """`Traced.values` of another number of images than `IMAGES`."""
+    return _recorded(traced.module, traced.module, example, images).seen
 
-    class Keeping(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            found[n.name] = value = super().run_node(n)
-            return value
 
-    batch = example[:1].repeat(images, *[1] * (example.ndim - 1))
-    with undisturbed(traced.module), in_mode(traced.module, False), torch.no_grad():
-        Keeping(traced.module).run(batch)
-    return found
+def _recorded(
+    network: nn.Module, module: fx.GraphModule, example: Tensor, images: int
+) -> "_Recorder":
+    """What a network's graph does with so many copies of the example's first image."""
+    with undisturbed(network), in_mode(network, False), torch.no_grad():
+        recorder = _Recorder(module)
+        recorder.run(example[:1].expand(images, *example.shape[1:]).contiguous())
+    return recorder
 
 
 def _check_kept(writes: Mapping[fx.Node, set[fx.Node]]) -> None:

@@ -105,18 +105,16 @@ class TracedCuts:
             StiefelError: names what crosses a cut otherwise than image by image.
         """
         crossing = {name for part in self._parts[:-1] for name in part.passed}
-        found = [values_of(self.traced, example, images) for images in (IMAGES, IMAGES + 2)]
+        values = values_of(self.traced, example, IMAGES + 2)
         counts = set()
-        for name in sorted(crossing):
-            few, more = (values[name] for values in found)
+        for node in (n for n in self.traced.values if n.name in crossing):
+            few, more = self.traced.values[node], values[node]
             if isinstance(few, int) and (few, more) == (IMAGES, IMAGES + 2):
-                counts.add(name)
+                counts.add(node.name)
             elif not _alike(few, more):
-                shape = (
-                    f" {tuple(few.shape)} for {IMAGES} images" if isinstance(few, Tensor) else ""
-                )
+                of = f" {tuple(few.shape)} for {IMAGES} images" if isinstance(few, Tensor) else ""
                 raise StiefelError(
-                    f"sample: '{name}' crosses a cut{shape}, without the batch in front; leave "
+                    f"sample: '{node.name}' crosses a cut{of}, without the batch in front; leave "
                     "sample out"
                 )
         return frozenset(counts)

@@ -110,16 +110,13 @@ class SSA(FeedbackSettings):
             raise StiefelError(
                 "cross_entropy, similarity and distillation are all 0: nothing would train"
             )
-        if settings.overlap > 1 and (self.error == "global" or with_teacher):
-            raise StiefelError(
-                "overlap needs blocks that wait for nothing but their input: error: layerwise, and "
-                "no teacher"
-            )
-        if settings.sample > 1 and (self.error == "global" or with_teacher):
-            raise StiefelError(
-                "sample needs blocks that learn from their own read-outs: error: layerwise, and no "
-                "teacher"
-            )
+        alone = self.error == "layerwise" and not with_teacher
+        for name in ("overlap", "sample"):
+            if getattr(settings, name) > 1 and not alone:
+                raise StiefelError(
+                    f"{name} needs blocks that wait for nothing but their input: error: layerwise, "
+                    "and no teacher"
+                )
         if settings.readout_layers and self.error == "global":
             raise StiefelError(
                 "readout_layers are of a block's own read-out: they need error: layerwise"
