@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from converter.convert import convert, plan
 from converter.models import load
 from trainers.capture import RecordedStep, can_record
-from trainers.device import autocast, resolve_layout
+from trainers.device import autocast
 from trainers.distributed import World
+from trainers.layout import lay_out
 from trainers.rules import BP, DFA, SSA, RuleSettings, StepResult, make_rule
 from trainers.settings import TrainSettings
 from trainers.update import Update
@@ -95,16 +96,16 @@ class Preparation:
         self, dense: nn.Module, x: Tensor, classes: int, rank: str, settings: TrainSettings
     ) -> None:
         factored = convert(dense, plan(dense, rank, example=x[:1].cpu()))
-        self._forms = {"dense": dense, "factored": factored}
-        self._layout = resolve_layout(settings.memory_format, x.device)
-        self._x, self._classes = x.to(memory_format=self._layout), classes
+        self._forms = {"dense": copy.deepcopy(dense), "factored": factored}
+        layout = lay_out(settings.memory_format, x[:1], *self._forms.values())
+        self._x, self._classes = x.contiguous(memory_format=layout), classes
         self._labels = torch.arange(len(x), device=x.device) % classes
         self._settings = settings
 
     def __call__(self, name: str, *, record: bool) -> Contender:
         """A contender with a training step of its own, recorded as the trainer would if asked."""
         (form, rule), settings, device = RULES[name], self._settings, self._x.device
-        network = copy.deepcopy(self._forms[form]).to(device, memory_format=self._layout).train()
+        network = copy.deepcopy(self._forms[form]).train()
         learner = make_rule(rule)
         generator = torch.Generator().manual_seed(0)
         state = learner.init(network, self._x, self._classes, generator).to(device)

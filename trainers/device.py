@@ -17,7 +17,6 @@ except ImportError:  # Windows
 
 DeviceName = Literal["auto", "cpu", "cuda"]
 Precision = Literal["fp32", "bf16", "fp16"]
-MemoryFormat = Literal["auto", "contiguous", "channels_last"]
 
 _LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -49,12 +48,6 @@ def resolve_device(name: str | torch.device) -> torch.device:
             f"device cuda:{index} was asked for, but there are {torch.cuda.device_count()} GPUs"
         )
     return torch.device("cuda", index)
-
-
-def resolve_layout(name: MemoryFormat, device: torch.device) -> torch.memory_format:
-    """How images lie in memory; 'auto' takes channels-last on CUDA."""
-    last = name == "channels_last" or (name == "auto" and device.type == "cuda")
-    return torch.channels_last if last else torch.contiguous_format
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager:

@@ -14,12 +14,13 @@ from converter.factors import factored_layers
 from trainers import checks
 from trainers.capture import RecordedStep, can_record
 from trainers.data import Data, images
-from trainers.device import autocast, peak_memory_mib, resolve_layout
+from trainers.device import autocast, peak_memory_mib
 from trainers.diagnostics import Diagnostics
 from trainers.distributed import World
 from trainers.evaluate import evaluate
 from trainers.history import History
 from trainers.interrupt import Stop
+from trainers.layout import lay_out
 from trainers.meter import Meter, Reading
 from trainers.origin import check_origin, origin
 from trainers.randomness import random_state, restore_random_state
@@ -52,8 +53,7 @@ class Training:
         self.rule_settings, self.rule = rule, make_rule(rule)
         self.device, self.world = device, world
         checks.check_data(data)
-        self.layout = resolve_layout(settings.memory_format, device)
-        self.shares = Shares(data, settings, world, device, self.layout)
+        self.shares = Shares(data, settings, world, device)
         # Where the run is: the epoch in hand, from 1, and how many of its steps are done.
         self.epoch, self.step, self.seconds = 1, 0, 0.0
         self.records: list[dict[str, Any]] = []
@@ -77,11 +77,10 @@ class Training:
         self.origin = origin(settings, self.rule_settings, self.data, teacher)
         kept = self._kept() if resume else None
 
-        for module in (network, teacher):
-            if module is not None:
-                module.to(device, memory_format=self.layout)
-        example = images(self.data.train, self.shares.part, settings.seed)
-        example = example.to(device, memory_format=self.layout)
+        example = images(self.data.train, self.shares.part, settings.seed).to(device)
+        networks = [network] if teacher is None else [network, teacher]
+        self.layout = lay_out(settings.memory_format, example, *networks)
+        example = example.contiguous(memory_format=self.layout)
         checks.check_precision(network, example)
         outputs = checks.count_outputs(network, example, self.data)
         checks.check_test_images(network, example, self.data)
@@ -128,7 +127,7 @@ class Training:
         self._set_mode()
         start, before, first = time.perf_counter(), self.seconds, self.step
         due = self._next_look(pace=None)
-        for parts in self.shares.training(self.epoch, self.step):
+        for parts in self.shares.training(self.epoch, self.step, self.layout):
             self._train_step(parts)
             self.step += 1
             last = self.step == self.shares.steps

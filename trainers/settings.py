@@ -5,7 +5,8 @@ from typing import Literal
 from pydantic import Field
 
 from converter.settings import LARGEST_SEED, Settings
-from trainers.device import DeviceName, MemoryFormat, Precision
+from trainers.device import DeviceName, Precision
+from trainers.layout import MemoryFormat
 from trainers.rank_schedule import RankSchedule
 
 
@@ -61,7 +62,8 @@ class TrainSettings(Settings):
         "those of all processes' batches together (sync); read-outs' norms likewise, never frozen",
     )
     memory_format: MemoryFormat = Field(
-        "auto", description="layout of images in memory; auto: channels_last on CUDA"
+        "auto",
+        description="layout of images in memory; auto: channels_last, where the network takes it",
     )
     cuda_graph: bool = Field(
         True,

@@ -33,16 +33,15 @@ class Shares:
         settings: TrainSettings,
         world: World,
         device: torch.device,
-        layout: torch.memory_format,
     ) -> None:
         self._data, self._settings, self._world = data, settings, world
-        self._device, self._layout = device, layout
+        self._device = device
         parts = settings.accumulate * world.size
         self.part = checks.count_part(len(data.train), settings.batch_size, parts)
         self.batch = self.part * parts
         self.steps = len(data.train) // self.batch
 
-    def training(self, epoch: int, done: int) -> Iterator[list[Part]]:
+    def training(self, epoch: int, done: int, layout: torch.memory_format) -> Iterator[list[Part]]:
         """The epoch's steps after the first `done`: for each its parts, x and y on the device.
 
         Raises:
@@ -61,7 +60,7 @@ class Shares:
         parts = []
         for x, y in batches(train, self.part, order=mine, **loading):
             checks.check_labels(y, len(self._data.classes), self._data.name)
-            x = x.to(self._device, memory_format=self._layout, non_blocking=True)
+            x = x.to(self._device, memory_format=layout, non_blocking=True)
             parts.append((x, y.to(self._device, non_blocking=True)))
             if len(parts) == settings.accumulate:
                 yield parts

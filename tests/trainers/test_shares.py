@@ -28,14 +28,14 @@ class Deal:
         self.images = images
         data = Data(numbered(images), numbered(images), ("a", "b"), "numbered")
         settings = TrainSettings(batch_size=batch_size, accumulate=accumulate, seed=3)
-        device, layout = torch.device("cpu"), torch.contiguous_format
-        self.shares = [
-            Shares(data, settings, World(rank, size), device, layout) for rank in range(size)
-        ]
+        device = torch.device("cpu")
+        self.shares = [Shares(data, settings, World(rank, size), device) for rank in range(size)]
 
     def steps(self, epoch: int, done: int) -> list[list[int]]:
         """The images of each step, of all parts and processes."""
-        each = [list(shares.training(epoch, done)) for shares in self.shares]
+        each = [
+            list(shares.training(epoch, done, torch.contiguous_format)) for shares in self.shares
+        ]
         return [places([x for parts in step for x, _ in parts]) for step in zip(*each, strict=True)]
 
 
@@ -68,7 +68,7 @@ def test_a_resumed_epoch_goes_on_where_it_stopped(deal):
 @given(deals)
 def test_parts_are_equal_and_so_many_to_a_step(deal):
     for shares in deal.shares:
-        for parts in shares.training(1, 0):
+        for parts in shares.training(1, 0, torch.contiguous_format):
             assert {len(x) for x, _ in parts} == {shares.part}
             assert len(parts) * shares.part * len(deal.shares) == shares.batch
 
