@@ -14,7 +14,7 @@ from converter.factors import Factored
 from converter.files import atomic_path, check_place, write_text
 from trainers.manifold import tied_layers, truncate_
 
-FORMAT = "stiefel training state 10"
+FORMAT = "stiefel training state 11"
 
 
 class RunFolder:

@@ -112,17 +112,19 @@ def test_no_hidden_layer_sees_a_single_cell(factored, images, labels):
     rule = make_rule(SSA(boundaries="units", pool=1))
     network = factored("resnet20").eval()
     state = rule.init(network, images, 5, _generator())
-    assert {len(view.hidden.layers) for views in state.views[:-1] for view in views} == {2}
+    assert {len(view.hidden.layers) for views in state.views[:-1] for view in views} == {1, 2}
     rule.step(network, state, images[:1], labels[:1])  # whose norms have four values each
 
 
 @pytest.mark.parametrize(
-    ("most", "first", "last"), [(None, 4, 2), (3, 3, 2), (1, 1, 1)], ids=["default", "three", "one"]
+    ("asked", "first", "last"),
+    [(None, 4, 1), (3, 3, 3), (1, 1, 1)],
+    ids=["default", "three", "one"],
 )
-def test_read_outs_are_as_deep_as_the_layers_that_follow_are_many(
-    factored, images, most, first, last
+def test_read_outs_are_as_deep_as_the_layers_that_follow_are_many_unless_asked_otherwise(
+    factored, images, asked, first, last
 ):
-    rule = make_rule(SSA(boundaries="units", readout_layers=most))
+    rule = make_rule(SSA(boundaries="units", readout_layers=asked))
     state = rule.init(factored("resnet20"), images, 5, _generator())
     depths = [len(view.hidden.layers) for views in state.views[:-1] for view in views]
     assert depths == sorted(depths, reverse=True)

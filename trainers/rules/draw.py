@@ -12,6 +12,8 @@ from trainers.readout import FINE, Features, HiddenLayers
 from trainers.rules.local import block_rank, choose_views
 from trainers.rules.settings import SSA
 
+MOST_LAYERS = 4  # of a read-out; what more of them gain is less than noise
+
 
 def draw_feedback(
     settings: SSA,
@@ -30,11 +32,13 @@ def draw_feedback(
 
     def hidden(index: int, root: Root) -> HiddenLayers | None:
         # A map of one pixel is a vector, and has nothing for a convolution to see.
-        if not settings.readout_layers or not root.is_map or root.sides == (1, 1):
+        if settings.readout_layers == 0 or not root.is_map or root.sides == (1, 1):
             return None
-        # A read-out stands for the layers to come, and is deep where these are many.
-        following = sum(len(block.layers) for block in cuts.blocks[index + 1 :])
-        depth = min(settings.readout_layers, max(2, following // 3))
+        depth = settings.readout_layers
+        if depth is None:
+            # A read-out stands for the layers to come, and is deep where these are many.
+            following = sum(len(block.layers) for block in cuts.blocks[index + 1 :])
+            depth = min(MOST_LAYERS, max(1, following // 3))
         if root.cells(settings.pool) == (1, 1):  # likewise
             depth = min(depth, FINE)
         return HiddenLayers(root, settings.pool, depth, settings.readout_width, generator)

@@ -43,10 +43,10 @@ class SSA(FeedbackSettings):
     readout_layers: int | None = Field(
         None,
         ge=0,
-        description="most 3x3 convolutions, learned locally, that read-out and similarity see "
-        "beside a map itself, the first two on twice the pool's grid: one for every three layers "
-        "that follow the block, but two in any case; default 4 where feedback is learned from a "
-        "layerwise error, else 0",
+        description="3x3 convolutions, learned locally, that read-out and similarity see beside a "
+        "map itself, the first two on twice the pool's grid; default: one for every three layers "
+        "that follow the block, from one to four, where feedback is learned from a layerwise "
+        "error, else 0",
     )
     readout_width: int = Field(64, ge=1, description="channels of these convolutions")
     cross_entropy: float | None = Field(
@@ -81,7 +81,7 @@ class SSA(FeedbackSettings):
     hoyer: float = Field(0.0, ge=0, description="weight of Hoyer sparsity on S")
 
     def resolved(self, with_teacher: bool) -> "SSA":
-        """With every coefficient a number.
+        """With every coefficient a number; `readout_layers` None where it goes by what follows.
 
         Raises:
             StiefelError: distillation or a lookahead is asked for and there is no teacher,
@@ -92,7 +92,7 @@ class SSA(FeedbackSettings):
         # A lookahead ends at the labels, which are to be heard beside the teacher's features.
         taught = 0.3 if self.lookahead else 1.0
         defaults = {
-            "readout_layers": 4 if learned else 0,
+            "readout_layers": None if learned else 0,
             "cross_entropy": 0.0 if with_teacher else 1.0,
             "similarity": 0.0 if with_teacher or self.error == "global" else 10.0,
             "distillation": taught if with_teacher else 0.0,
