@@ -79,7 +79,7 @@ def _figures_so_far(folder: Path, recipe: Recipe) -> dict[str, Any]:
     for section in _held(folder, figures, now):
         if before.get(section) != now[section]:
             stage, training = _STAGES.get(section, ("", None))
-            anew = training and stage not in figures
+            anew = stage not in figures and _has_begun(folder, training)
             remedy = f"remove {folder / training} to train anew" if anew else "name another --out"
             raise StiefelError(
                 f"{folder} holds a run of another recipe: its {section} differs; resume with the "
@@ -93,10 +93,15 @@ def _held(folder: Path, figures: dict[str, Any], recipe: dict[str, Any]) -> list
     begun = [
         section
         for section, (stage, training) in _STAGES.items()
-        if stage in figures or (training and (folder / training / "state.pt").exists())
+        if stage in figures or _has_begun(folder, training)
     ]
     if not begun:
         return []
     order = list(_STAGES)
     later = order[order.index(begun[-1]) + 1 :]
     return [section for section in recipe if section not in later]
+
+
+def _has_begun(folder: Path, training: str | None) -> bool:
+    """Whether there is a training to go on with."""
+    return training is not None and (folder / training / "state.pt").exists()

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import is_lazy
 from torch.utils.data import Dataset
 
 from converter.errors import StiefelError
@@ -152,11 +153,14 @@ def check_plain(network: nn.Module) -> None:
 
 
 def check_trainable(network: nn.Module) -> None:
-    """Refuse a network that is frozen throughout.
+    """Refuse a network that is frozen throughout, or not built yet.
 
     Raises:
-        StiefelError: no parameter requires gradients.
+        StiefelError: no parameter requires gradients, or a lazy one holds no values.
     """
+    for name, parameter in network.named_parameters():
+        if is_lazy(parameter):
+            raise StiefelError(f"{name} holds no values yet: run or load the model before training")
     if not any(p.requires_grad for p in network.parameters()):
         raise StiefelError("nothing to train: every parameter of the model is frozen")
 

@@ -41,6 +41,7 @@ def evaluate(
     device: str | torch.device | None = None,
     precision: Precision = "fp32",
     workers: int | None = None,
+    layout: torch.memory_format = torch.contiguous_format,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Evaluation:
     """Measure the model on the data, without augmentation, in eval mode and without gradients.
@@ -50,6 +51,7 @@ def evaluate(
         device: where to run; the model stays there. None: where it is. "auto": CUDA if there.
         precision: bf16 and fp16 run under autocast; the loss is float32 regardless.
         workers: processes that read large images ahead; chosen by the machine if None.
+        layout: of the images in memory.
         progress: called with ("evaluate", images done, images in all).
 
     Raises:
@@ -69,7 +71,7 @@ def evaluate(
     pin = device.type == "cuda"
     with in_mode(model, False), torch.no_grad(), autocast(device, precision):
         for x, y in batches(dataset, batch_size, workers=workers, pin_memory=pin):
-            x = x.to(device, parameter.dtype, non_blocking=True)
+            x = x.to(device, parameter.dtype, non_blocking=True, memory_format=layout)
             logits = _logits(model(x), y)
             y = y.to(device, non_blocking=True)
             loss = loss + F.cross_entropy(logits, y, reduction="sum").double()

@@ -1,41 +1,116 @@
 """How images, maps and weights lie in memory."""
 
+from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from converter.errors import StiefelError
-from trainers.trial import try_out
+from trainers.looking import in_mode, undisturbed
 
 MemoryFormat = Literal["auto", "contiguous", "channels_last"]
+
+FEW = 2  # images to try a layout on: batch norm tells no mean from one
 
 
 def lay_out(name: MemoryFormat, images: Tensor, *networks: nn.Module) -> torch.memory_format:
     """Move the networks to the images' device, and give their weights a layout; say which.
 
     "auto" takes channels-last, in which convolutions, norms and pooling are quicker, on CPUs too;
-    but contiguous where a network can't take it, as one that flattens maps with `view` can't.
+    but contiguous where a network can't take it, as one that flattens maps with `view` can't, where
+    it would give something else, or where weights share memory, which another layout would part.
 
     Args:
         images: (N, C, H, W), to try the networks on.
+
+    Raises:
+        StiefelError: channels-last is asked for, and a weight has five axes.
     """
-    if name == "auto":
-        return _channels_last_if_taken(images, networks)
-    layout = torch.channels_last if name == "channels_last" else torch.contiguous_format
+    if name == "channels_last":
+        for network in networks:
+            _check_axes(network)
+    last = name == "channels_last" or (name == "auto" and _take_channels_last(images, networks))
+    layout = torch.channels_last if last else torch.contiguous_format
     _move(networks, images.device, layout)
     return layout
 
 
-def _channels_last_if_taken(images: Tensor, networks: tuple[nn.Module, ...]) -> torch.memory_format:
+def layout_of(network: nn.Module) -> dict[str, torch.memory_format]:
+    """How each of the network's maps' weights and buffers lies, by name."""
+    return {
+        name: torch.contiguous_format if tensor.is_contiguous() else torch.channels_last
+        for name, tensor in _of_maps(network)
+    }
+
+
+def lay_back(network: nn.Module, before: Mapping[str, torch.memory_format]) -> None:
+    """Undo `lay_out`: weights lie as `layout_of` found them."""
+    for name, tensor in _of_maps(network):
+        layout = before.get(name, torch.contiguous_format)
+        tensor.data = tensor.data.contiguous(memory_format=layout)
+
+
+def _of_maps(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers of four axes."""
+    named = chain(network.named_parameters(), network.named_buffers())
+    return ((name, tensor) for name, tensor in named if tensor.ndim == 4)
+
+
+def _take_channels_last(images: Tensor, networks: tuple[nn.Module, ...]) -> bool:
+    """Whether all of them train so, and give the same."""
+    if _share_memory(networks):
+        return False
+    few = images[:FEW].detach()
     try:
-        _move(networks, images.device, torch.channels_last)
-        for network in networks:
-            try_out(network, images.contiguous(memory_format=torch.channels_last))
-    except (StiefelError, RuntimeError):  # the latter from weights of more than four axes
         _move(networks, images.device, torch.contiguous_format)
-        return torch.contiguous_format
-    return torch.channels_last
+        expected = [_tried(network, few) for network in networks]
+        _move(networks, images.device, torch.channels_last)
+        last = few.contiguous(memory_format=torch.channels_last)
+        found = [_tried(network, last) for network in networks]
+    # Whatever a network raises; one that can't take the images at all is told of elsewhere.
+    except Exception:
+        return False
+    return all(_alike(a, b) for a, b in zip(chain(*expected), chain(*found), strict=True))
+
+
+def _tried(network: nn.Module, images: Tensor) -> list[Tensor]:
+    """What it gives in evaluation; forward and backward in training must only run."""
+    with undisturbed(network), in_mode(network, False), torch.no_grad():
+        given = tree_leaves(network(images))
+    x = images.clone().requires_grad_()
+    trained = [p for p in network.parameters() if p.requires_grad]
+    with undisturbed(network), in_mode(network, True):
+        outputs = [t for t in tree_leaves(network(x)) if isinstance(t, Tensor) and t.requires_grad]
+        torch.autograd.grad(
+            [t.sum() for t in outputs], [x, *trained], allow_unused=True, materialize_grads=False
+        )
+    return [t for t in given if isinstance(t, Tensor)]
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """Whether they differ by rounding alone, TF32's through many layers too."""
+    return a.shape == b.shape and bool((a - b).abs().max() <= 0.05 * a.abs().max())
+
+
+def _share_memory(networks: tuple[nn.Module, ...]) -> bool:
+    """Whether weights of maps are views of one memory, or shared with another process."""
+    weights = {tensor for network in networks for _, tensor in _of_maps(network)}
+    storages = {tensor.untyped_storage().data_ptr() for tensor in weights}
+    # All tensors on a GPU say that they are shared.
+    shared = any(tensor.is_shared() for tensor in weights if tensor.device.type == "cpu")
+    return shared or len(storages) < len(weights)
+
+
+def _check_axes(network: nn.Module) -> None:
+    for name, tensor in chain(network.named_parameters(), network.named_buffers()):
+        if tensor.ndim == 5:
+            raise StiefelError(
+                f"memory_format channels_last is for weights of up to four axes, '{name}' has "
+                "five: use auto or contiguous"
+            )
 
 
 def _move(

@@ -60,8 +60,15 @@ def undisturbed(*networks: nn.Module, but: Collection[nn.Module] = ()) -> Iterat
                 vars(module).update(own)
             with torch.no_grad():
                 for (module, name, buffer), value in zip(buffers, before, strict=True):
-                    buffer.copy_(value)
+                    if not _is_expanded(buffer):  # into which nothing can be written
+                        buffer.copy_(value)
                     setattr(module, name, buffer)  # a forward may have put another in its place
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    return any(
+        stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+    )
 
 
 def plain_tensors(module: nn.Module) -> Mapping[str, Tensor]:

@@ -235,6 +235,7 @@ class Training:
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         if len(test):
             rest = {"precision": settings.precision, "workers": settings.workers}
+            rest |= {"layout": self.layout}
             found = evaluate(self.network, test, device=self.device, **rest)
             share = torch.tensor([found.accuracy, found.loss, 1.0], dtype=torch.float64)
             sums += (share * found.images).to(self.device)

@@ -22,7 +22,6 @@ _FREE = {
     "log_every",
     "early_stop",
     "deterministic",
-    "memory_format",
     "cuda_graph",
     "overlap",
     "diagnostics",

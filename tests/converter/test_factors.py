@@ -76,6 +76,19 @@ def test_low_rank_convolutions_equal_the_multiplied_out_kernel(case, scheme, ran
     close(found.weight.detach(), whole.weight.detach())
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_maps_lie_as_those_of_the_dense_layer(scheme, kernel, layout):
+    dense = nn.Conv2d(4, 6, kernel, padding=kernel // 2)
+    x = torch.randn(2, 4, 5, 5).contiguous(memory_format=layout)
+    for layer in (dense, factored(dense, 2, scheme)):
+        assert layer(x).is_contiguous(memory_format=layout)
+    network = nn.Sequential(factored(dense, 2, scheme), nn.ReLU())
+    if layout is torch.contiguous_format:  # as most tutorials flatten them
+        assert network(x).view(2, -1).shape == (2, 150)
+
+
 @pytest.mark.parametrize("shape", [(5,), (2, 5), (2, 3, 5)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_full_rank_linear_is_exact_for_any_leading_axes(shape, bias):

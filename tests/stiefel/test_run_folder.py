@@ -73,6 +73,7 @@ def test_sections_of_stages_that_have_not_begun_may_be_corrected(begun, stages, 
         (("dense", "converted"), ("training",), {"train": {"epochs": 3}}, "remove .*training to"),
         (("dense", "converted", "trained"), (), {"train": {"epochs": 3}}, "its train differs"),
         (("dense", "converted", "trained", "bench"), (), {"export": {}}, "its export differs"),
+        (("dense", "converted", "export"), (), {"train": {"epochs": 3}}, "or name another --out"),
     ],
 )
 def test_sections_that_the_run_went_by_may_not_differ_and_all_is_left_as_it_was(

@@ -126,6 +126,12 @@ def test_a_model_that_is_frozen_throughout_is_refused(rule, data):
         train_local(model, data, rule=rule, settings=TrainSettings(epochs=1, device="cpu"))
 
 
+def test_a_model_that_is_not_built_yet_is_refused(data):
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyLinear(10))
+    with pytest.raises(StiefelError, match=r"^1.weight holds no values yet: run or load the model"):
+        train_local(model, data, rule=BP(), settings=settings())
+
+
 def test_a_model_without_factored_layers_is_no_matter_for_ssa(data):
     with pytest.raises(StiefelError, match="no factored layer to train with rule ssa"):
         train_local(network(factored=False), data, rule=SSA(), settings=settings())

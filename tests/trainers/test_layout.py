@@ -1,13 +1,17 @@
 """Channels-last where a network takes it, contiguous where it does not."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
+from converter.errors import StiefelError
 from converter.models import load
 from tests.trainers.short import settings
 from trainers.data import load_data
-from trainers.layout import lay_out
+from trainers.evaluate import evaluate
+from trainers.layout import lay_out, layout_of
 from trainers.rules import BP
 from trainers.trainer import train_local
 
@@ -25,6 +29,65 @@ class Flattening(nn.Module):
         return self.head(h.view(h.size(0), -1))
 
 
+class Trained(Flattening):
+    """Flattens by view in training alone, as some ways of dropping blocks do."""
+
+    def forward(self, x):
+        h = torch.relu(self.conv(x))
+        return self.head(h.view(h.size(0), -1) if self.training else h.flatten(1))
+
+
+class Backward(Flattening):
+    """Flattens gradients by view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = nn.Conv2d(4, 4, 3, padding=1)
+
+    class Same(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, h):
+            return h.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient.view(len(gradient), -1).view(gradient.shape)
+
+    def forward(self, x):
+        return self.head(self.second(self.Same.apply(torch.relu(self.conv(x)))).flatten(1))
+
+
+class Strided(Flattening):
+    """Reads maps as if they were contiguous, and says nothing where they are not."""
+
+    def forward(self, x):
+        h = torch.relu(self.conv(x))
+        return self.head(h.as_strided((len(h), h[0].numel()), (h[0].numel(), 1)))
+
+
+class Fussy(Flattening):
+    """Has its own way of saying no."""
+
+    def forward(self, x):
+        h = torch.relu(self.conv(x))
+        if not h.is_contiguous():
+            raise TypeError("contiguous maps, please")
+        return self.head(h.flatten(1))
+
+
+class Tied(Flattening):
+    """Two kernels in one memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.again = nn.Conv2d(4, 4, 3, padding=1)
+        self.once_more = nn.Conv2d(4, 4, 3, padding=1)
+        self.once_more.weight.data = self.again.weight.data
+
+    def forward(self, x):
+        return self.head(self.once_more(self.again(self.conv(x))).flatten(1))
+
+
 class Volumes(nn.Module):
     """Weights of five axes, which have no channels-last form of four."""
 
@@ -35,6 +98,9 @@ class Volumes(nn.Module):
 
     def forward(self, x):
         return self.head(self.conv(x[:, None]).flatten(1))
+
+
+UNFIT = [Flattening, Trained, Backward, Strided, Fussy, Tied, Volumes]
 
 
 def conv_is_last(network: nn.Module) -> bool:
@@ -59,7 +125,7 @@ def test_what_is_asked_for_is_had(asked):
     assert conv_is_last(network) is (asked == "channels_last")
 
 
-@pytest.mark.parametrize("make", [Flattening, Volumes])
+@pytest.mark.parametrize("make", UNFIT)
 def test_networks_that_cannot_take_it_stay_contiguous(make):
     other, network = load("zoo:smallconv"), make()
     x = torch.randn(2, 1, 8, 8)
@@ -70,7 +136,54 @@ def test_networks_that_cannot_take_it_stay_contiguous(make):
     assert not conv_is_last(other)
 
 
-def test_a_network_that_flattens_by_view_trains():
+@pytest.mark.parametrize("make", [Flattening, Trained, Backward, Strided, Fussy])
+def test_networks_that_take_contiguous_maps_alone_train_as_tested(make):
     digits = load_data("digits", limit_train=700)
-    history = train_local(Flattening(), digits, rule=BP(), settings=settings(epochs=3, lr=0.01))
+    network = make()
+    history = train_local(network, digits, rule=BP(), settings=settings(epochs=3, lr=0.01))
     assert history.best_accuracy > 0.8
+    found = evaluate(network, digits.test).accuracy
+    assert found == pytest.approx(history.records[-1]["test_accuracy"])
+
+
+def test_trying_a_layout_leaves_no_trace():
+    network, x = load("zoo:smallconv").train(), torch.randn(4, 3, 32, 32)
+    before = copy.deepcopy(network.state_dict())
+    state = torch.get_rng_state()
+    lay_out("auto", x, network)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None for p in network.parameters())
+    assert network.training
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_kernels_in_one_memory_stay_there():
+    digits = load_data("digits", limit_train=100, limit_test=50)
+    network = Tied()
+    train_local(network, digits, rule=BP(), settings=settings(epochs=1))
+    assert network.again.weight.data_ptr() == network.once_more.weight.data_ptr()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("asked", ["auto", "contiguous", "channels_last"])
+def test_a_model_comes_back_laid_out_as_it_was(asked, layout):
+    digits = load_data("digits", limit_train=100, limit_test=50)
+    network = load("zoo:digits").to(memory_format=layout)
+    before = layout_of(network)
+    chosen = settings(epochs=1, memory_format=asked)
+    train_local(network, digits, rule=BP(), settings=chosen)
+    assert layout_of(network) == before
+
+
+def test_buffers_that_are_expanded_are_left_alone():
+    digits = load_data("digits", limit_train=100, limit_test=50)
+    network = load("zoo:digits")
+    network.register_buffer("mask", torch.ones(1, 1, 8, 1).expand(1, 4, 8, 8))
+    train_local(network, digits, rule=BP(), settings=settings(epochs=1))
+    assert torch.equal(network.mask, torch.ones(1, 4, 8, 8))
+
+
+def test_weights_of_five_axes_are_no_channels_last_ones():
+    with pytest.raises(StiefelError, match=r"'conv.weight' has five: use auto or contiguous"):
+        lay_out("channels_last", torch.randn(2, 1, 8, 8), Volumes())

@@ -20,6 +20,11 @@ from trainers.trainer import train_local
         (lambda: network(factored=False), {"rule": BP()}, "begun with rule=ssa, not bp"),
         (network, {"settings": settings(lr=0.5)}, "begun with lr=0.002, not 0.5"),
         (network, {"rule": SSA(pool=2)}, "begun with pool=4, not 2"),
+        (
+            network,
+            {"settings": settings(memory_format="contiguous")},
+            "begun with memory_format=auto, not contiguous",
+        ),
         (network, {"out": None}, "give the folder"),
     ],
 )
