@@ -97,7 +97,7 @@ class Preparation:
     ) -> None:
         factored = convert(dense, plan(dense, rank, example=x[:1].cpu()))
         self._forms = {"dense": copy.deepcopy(dense), "factored": factored}
-        layout = lay_out(settings.memory_format, x[:1], *self._forms.values())
+        layout = lay_out(settings.memory_format, x, *self._forms.values())
         self._x, self._classes = x.contiguous(memory_format=layout), classes
         self._labels = torch.arange(len(x), device=x.device) % classes
         self._settings = settings

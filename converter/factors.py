@@ -290,9 +290,10 @@ class _FactoredConv(Factored):
         padding = half.padding
         if self.padding_mode != "zeros" and any(pads := _pads(half)):
             x, padding = F.pad(x, pads, mode=self.padding_mode), 0
-        # Maps come to lie as the kernel does, and a transposed factor's would be channels-last,
-        # which a network that flattens them with `view` can't take.
-        kernel = kernel.clone(memory_format=torch.contiguous_format)
+        if x.is_contiguous():
+            # Maps come to lie as the kernel does, and a transposed factor's would be channels-last,
+            # which a network that flattens them with `view` can't take.
+            kernel = kernel.clone(memory_format=torch.contiguous_format)
         return convolution(x, kernel, bias, half.stride, padding, half.dilation, self.groups)
 
     def _plain(self, kernel: Tensor, bias: Tensor | None, half: _Half) -> nn.Module:

@@ -39,10 +39,12 @@ def lay_out(name: MemoryFormat, images: Tensor, *networks: nn.Module) -> torch.m
 
 
 def layout_of(network: nn.Module) -> dict[str, torch.memory_format]:
-    """How each of the network's maps' weights and buffers lies, by name."""
+    """How its weights and buffers of four axes lie, by name, those that are not contiguous."""
+    last = torch.channels_last
     return {
-        name: torch.contiguous_format if tensor.is_contiguous() else torch.channels_last
+        name: last if tensor.is_contiguous(memory_format=last) else torch.contiguous_format
         for name, tensor in _of_maps(network)
+        if not tensor.is_contiguous()  # as it may be in both ways
     }
 
 
