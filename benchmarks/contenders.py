@@ -15,6 +15,7 @@ from trainers.device import autocast
 from trainers.distributed import World
 from trainers.layout import lay_out
 from trainers.rules import BP, DFA, SSA, RuleSettings, StepResult, make_rule
+from trainers.rules.sampling import few
 from trainers.settings import TrainSettings
 from trainers.update import Update
 
@@ -67,6 +68,12 @@ class Contender:
     learn: Callable[[], StepResult]  # forward and backward
     update: Callable[[], None]  # the optimizer and the retraction
     seconds: list[tuple[float, float]] = field(default_factory=list)  # of learning, and updating
+
+
+def samples(rule: str, images: int) -> bool:
+    """Whether so many images are enough to learn from some of them, if that is the rule."""
+    every = getattr(RULES[rule][1], "sample", 1)
+    return every == 1 or few(images, every) < images
 
 
 def network_and_images(

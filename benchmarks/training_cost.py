@@ -31,6 +31,7 @@ from benchmarks.contenders import (
     Contender,
     Preparation,
     network_and_images,
+    samples,
 )
 from benchmarks.study import RESULTS, commit, markdown_table, matching
 from converter.files import atomic_path, write_text
@@ -108,6 +109,7 @@ def main(networks, rules, rank, batch, rounds, sweeps, precision, name, threads,
         suited = matching(RULES if classes < 1000 else HEAVY, rules)
         if device.type == "cpu":
             suited = [rule for rule in suited if rule not in ON_CUDA]
+        suited = [rule for rule in suited if samples(rule, len(x))]
         measure("networks", key, dense, x, classes, suited)
     count = batch or (512 if device.type == "cuda" else 64)
     for depth in DEPTHS if sweeps else ():
