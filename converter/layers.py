@@ -144,6 +144,20 @@ class Layer:
         return kind.from_dense(self.module, factors, scheme)
 
 
+def check_values(model: nn.Module, before: str) -> None:
+    """Refuse a model that is not built or loaded yet.
+
+    Args:
+        before: what needs its values.
+
+    Raises:
+        StiefelError: names the first lazy or meta parameter.
+    """
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter) or parameter.is_meta:
+            raise StiefelError(f"{name} holds no values yet: run or load the model before {before}")
+
+
 def prepared(model: nn.Module, *, share: bool = False) -> nn.Module:
     """A deep copy with parametrizations folded and attention opened up; the model is untouched.
 
@@ -159,11 +173,7 @@ def prepared(model: nn.Module, *, share: bool = False) -> nn.Module:
     memo: dict[int, object] = {id(t): t.detach() for t in _recomputed(model)}
     if share:
         memo |= {id(t): t for t in (*model.parameters(), *model.buffers())}
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, nn.parameter.UninitializedParameter) or parameter.is_meta:
-            raise StiefelError(
-                f"{name} holds no values yet: run or load the model before converting"
-            )
+    check_values(model, "converting")
     ready = copy.deepcopy(model, memo)
     fold_parametrizations(ready)
     replace_modules(ready, _open_attention)

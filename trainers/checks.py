@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
-from torch.nn.parameter import is_lazy
 from torch.utils.data import Dataset
 
 from converter.errors import StiefelError
 from converter.factors import factored_layers
+from converter.layers import check_values
 from converter.specs import spec_of
 from trainers.data import Data, epoch_order, examples
 from trainers.image_set import reading
@@ -156,11 +156,9 @@ def check_trainable(network: nn.Module) -> None:
     """Refuse a network that is frozen throughout, or not built yet.
 
     Raises:
-        StiefelError: no parameter requires gradients, or a lazy one holds no values.
+        StiefelError: no parameter requires gradients, or one holds no values.
     """
-    for name, parameter in network.named_parameters():
-        if is_lazy(parameter):
-            raise StiefelError(f"{name} holds no values yet: run or load the model before training")
+    check_values(network, "training")
     if not any(p.requires_grad for p in network.parameters()):
         raise StiefelError("nothing to train: every parameter of the model is frozen")
 

@@ -1,6 +1,6 @@
 """How images, maps and weights lie in memory."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator
 from itertools import chain
 from typing import Literal
 
@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from converter.errors import StiefelError
 from trainers.looking import in_mode, undisturbed
+from trainers.trial import try_out
 
 MemoryFormat = Literal["auto", "contiguous", "channels_last"]
 
@@ -30,35 +31,35 @@ def lay_out(name: MemoryFormat, images: Tensor, *networks: nn.Module) -> torch.m
         StiefelError: channels-last is asked for, and a weight has five axes.
     """
     if name == "channels_last":
-        for network in networks:
-            _check_axes(network)
+        _check_axes(networks)
     last = name == "channels_last" or (name == "auto" and _take_channels_last(images, networks))
     layout = torch.channels_last if last else torch.contiguous_format
     _move(networks, images.device, layout)
     return layout
 
 
-def layout_of(network: nn.Module) -> dict[str, torch.memory_format]:
-    """How its weights and buffers of four axes lie, by name, those that are not contiguous."""
-    last = torch.channels_last
+def channels_last_in(network: nn.Module) -> set[str]:
+    """Names of the weights and buffers that lie channels-last, and not contiguous as well."""
     return {
-        name: last if tensor.is_contiguous(memory_format=last) else torch.contiguous_format
-        for name, tensor in _of_maps(network)
-        if not tensor.is_contiguous()  # as it may be in both ways
+        name
+        for name, tensor in _of_axes(4, network)
+        if tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
     }
 
 
-def lay_back(network: nn.Module, before: Mapping[str, torch.memory_format]) -> None:
-    """Undo `lay_out`: weights lie as `layout_of` found them."""
-    for name, tensor in _of_maps(network):
-        layout = before.get(name, torch.contiguous_format)
+def lay_back(network: nn.Module, last: Container[str]) -> None:
+    """Undo `lay_out`: what `channels_last_in` found lies so, all else contiguous."""
+    for name, tensor in _of_axes(4, network):
+        layout = torch.channels_last if name in last else torch.contiguous_format
         tensor.data = tensor.data.contiguous(memory_format=layout)
 
 
-def _of_maps(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers of four axes."""
-    named = chain(network.named_parameters(), network.named_buffers())
-    return ((name, tensor) for name, tensor in named if tensor.ndim == 4)
+def _of_axes(count: int, *networks: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers of so many axes."""
+    for network in networks:
+        for name, tensor in chain(network.named_parameters(), network.named_buffers()):
+            if tensor.ndim == count:
+                yield name, tensor
 
 
 def _take_channels_last(images: Tensor, networks: tuple[nn.Module, ...]) -> bool:
@@ -80,15 +81,12 @@ def _take_channels_last(images: Tensor, networks: tuple[nn.Module, ...]) -> bool
 
 def _tried(network: nn.Module, images: Tensor) -> list[Tensor]:
     """What it gives in evaluation; forward and backward in training must only run."""
-    with undisturbed(network), in_mode(network, False), torch.no_grad():
-        given = tree_leaves(network(images))
+    given = tree_leaves(try_out(network, images))
     x = images.clone().requires_grad_()
     trained = [p for p in network.parameters() if p.requires_grad]
     with undisturbed(network), in_mode(network, True):
         outputs = [t for t in tree_leaves(network(x)) if isinstance(t, Tensor) and t.requires_grad]
-        torch.autograd.grad(
-            [t.sum() for t in outputs], [x, *trained], allow_unused=True, materialize_grads=False
-        )
+        torch.autograd.grad([t.sum() for t in outputs], [x, *trained], allow_unused=True)
     return [t for t in given if isinstance(t, Tensor)]
 
 
@@ -99,20 +97,19 @@ def _alike(a: Tensor, b: Tensor) -> bool:
 
 def _share_memory(networks: tuple[nn.Module, ...]) -> bool:
     """Whether weights of maps are views of one memory, or shared with another process."""
-    weights = {tensor for network in networks for _, tensor in _of_maps(network)}
+    weights = {tensor for _, tensor in _of_axes(4, *networks)}
     storages = {tensor.untyped_storage().data_ptr() for tensor in weights}
     # All tensors on a GPU say that they are shared.
     shared = any(tensor.is_shared() for tensor in weights if tensor.device.type == "cpu")
     return shared or len(storages) < len(weights)
 
 
-def _check_axes(network: nn.Module) -> None:
-    for name, tensor in chain(network.named_parameters(), network.named_buffers()):
-        if tensor.ndim == 5:
-            raise StiefelError(
-                f"memory_format channels_last is for weights of up to four axes, '{name}' has "
-                "five: use auto or contiguous"
-            )
+def _check_axes(networks: tuple[nn.Module, ...]) -> None:
+    for name, _ in _of_axes(5, *networks):
+        raise StiefelError(
+            f"memory_format channels_last is for weights of up to four axes, '{name}' has five: "
+            "use auto or contiguous"
+        )
 
 
 def _move(

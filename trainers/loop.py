@@ -234,9 +234,14 @@ class Training:
         test, settings = self.shares.test(), self.settings
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         if len(test):
-            rest = {"precision": settings.precision, "workers": settings.workers}
-            rest |= {"layout": self.layout}
-            found = evaluate(self.network, test, device=self.device, **rest)
+            found = evaluate(
+                self.network,
+                test,
+                device=self.device,
+                precision=settings.precision,
+                workers=settings.workers,
+                layout=self.layout,
+            )
             share = torch.tensor([found.accuracy, found.loss, 1.0], dtype=torch.float64)
             sums += (share * found.images).to(self.device)
         correct, loss, total = self.world.sum_(sums).tolist()

@@ -12,7 +12,7 @@ from trainers.device import resolve_device
 from trainers.distributed import join_world, synchronised_batch_norm
 from trainers.history import History
 from trainers.interrupt import interruptible
-from trainers.layout import lay_back, layout_of
+from trainers.layout import channels_last_in, lay_back
 from trainers.loop import Metrics, Training
 from trainers.randomness import repeatable
 from trainers.rules import SSA, RuleSettings
@@ -36,8 +36,8 @@ def train_local(
     """Train a model in place, with a local rule or by backpropagation.
 
     Afterwards the model holds the last epoch's weights, on the device it came from and laid out as
-    before. SIGINT and
-    SIGTERM end training after the step in hand. The caller's random state is left as it was.
+    before. SIGINT and SIGTERM end training after the step in hand. The caller's random state is
+    left as it was.
 
     Args:
         model: factored, or dense for the rules that need no factors.
@@ -62,7 +62,7 @@ def train_local(
     device = resolve_device(settings.device)
     networks = [network for network in (model, teacher) if network is not None]
     homes = [next(iter(network.parameters()), torch.empty(0)).device for network in networks]
-    layouts = [layout_of(network) for network in networks]
+    layouts = [channels_last_in(network) for network in networks]
     modes = [(module, module.training) for module in model.modules()]
     try:
         with ExitStack() as stack:
@@ -84,8 +84,8 @@ def train_local(
             return training.run(stop)
     finally:
         model.zero_grad()
-        for network, home, layout in zip(networks, homes, layouts, strict=True):
+        for network, home, last in zip(networks, homes, layouts, strict=True):
             network.to(home)
-            lay_back(network, layout)
+            lay_back(network, last)
         for module, mode in modes:
             module.training = mode

@@ -23,7 +23,7 @@ RECIPE = {
     "device": "cpu",
     "data": {"source": "digits"},
     "model": {"name": "zoo:digits"},
-    "pretrain": {"epochs": 3},
+    "pretrain": {"epochs": 4},
     "convert": {"rank": "params=0.5", "calibrate_images": 100},
     "train": {"epochs": 2},
     "export": {},
@@ -78,7 +78,7 @@ def test_half_the_parameters_are_left_and_local_training_helps(done):
     _, report = done
     share = report["converted"]["parameters"] / report["dense"]["parameters"]
     assert 0.49 <= share <= 0.5
-    assert report["dense"]["accuracy"] > 0.85
+    assert report["dense"]["accuracy"] > 0.9
     assert report["trained"]["accuracy"] >= report["converted"]["accuracy"]
 
 

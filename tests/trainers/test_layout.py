@@ -11,7 +11,7 @@ from converter.models import load
 from tests.trainers.short import settings
 from trainers.data import load_data
 from trainers.evaluate import evaluate
-from trainers.layout import lay_out, layout_of
+from trainers.layout import channels_last_in, lay_out
 from trainers.rules import BP
 from trainers.trainer import train_local
 
@@ -88,13 +88,12 @@ class Tied(Flattening):
         return self.head(self.once_more(self.again(self.conv(x))).flatten(1))
 
 
-class Volumes(nn.Module):
+class Volumes(Flattening):
     """Weights of five axes, which have no channels-last form of four."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv = nn.Conv3d(1, 2, 3, padding=1)
-        self.head = nn.Linear(2 * 8 * 8, 10)
+        self.conv = nn.Conv3d(1, 4, 3, padding=1)
 
     def forward(self, x):
         return self.head(self.conv(x[:, None]).flatten(1))
@@ -158,29 +157,26 @@ def test_trying_a_layout_leaves_no_trace():
         assert torch.equal(value, before[name]), name
 
 
-def test_kernels_in_one_memory_stay_there():
-    digits = load_data("digits", limit_train=100, limit_test=50)
+def test_kernels_in_one_memory_stay_there(data):
     network = Tied()
-    train_local(network, digits, rule=BP(), settings=settings(epochs=1))
+    train_local(network, data, rule=BP(), settings=settings(epochs=1))
     assert network.again.weight.data_ptr() == network.once_more.weight.data_ptr()
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("asked", ["auto", "contiguous", "channels_last"])
-def test_a_model_comes_back_laid_out_as_it_was(asked, layout):
-    digits = load_data("digits", limit_train=100, limit_test=50)
+def test_a_model_comes_back_laid_out_as_it_was(asked, layout, data):
     network = load("zoo:digits").to(memory_format=layout)
-    before = layout_of(network)
+    before = channels_last_in(network)
     chosen = settings(epochs=1, memory_format=asked)
-    train_local(network, digits, rule=BP(), settings=chosen)
-    assert layout_of(network) == before
+    train_local(network, data, rule=BP(), settings=chosen)
+    assert channels_last_in(network) == before
 
 
-def test_buffers_that_are_expanded_are_left_alone():
-    digits = load_data("digits", limit_train=100, limit_test=50)
+def test_buffers_that_are_expanded_are_left_alone(data):
     network = load("zoo:digits")
     network.register_buffer("mask", torch.ones(1, 1, 8, 1).expand(1, 4, 8, 8))
-    train_local(network, digits, rule=BP(), settings=settings(epochs=1))
+    train_local(network, data, rule=BP(), settings=settings(epochs=1))
     assert torch.equal(network.mask, torch.ones(1, 4, 8, 8))
 
 
